@@ -1,0 +1,37 @@
+# From nothing: Python 3.11 or newer and the package registry.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-slow bench lint clean
+
+demo: $(READY)
+	rm -rf runs/demo
+	$(BIN)/foreword train --output runs/demo $(DEMO)
+	$(BIN)/foreword inspect runs/demo
+	$(BIN)/foreword predict runs/demo "The midfielder signed a three-year contract after scoring twice in the derby."
+
+test: $(READY)
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term --cov-fail-under=90
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow -s
+
+bench: $(READY)
+	$(BIN)/python benchmarks/ag_news.py --data ../shared/data/ag_news
+	$(BIN)/python benchmarks/tables.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch>=2.13,<2.14"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,258 @@
+"""Forms: how trainable parameters become keys and values. Each is a start plus a learned change.
+
+The start is text that the base has read (an instruction, or tokens drawn from the vocabulary) or noise of the same
+mean and deviation. What a form makes is a `KVPrefix`; it knows nothing of tasks or of how a prefix is read.
+
+    direct     K_p, V_p = parameters                            Σ_sites H_kv (d_k + d_v) (P - frozen)
+    projected  K_p = P^l W_K, V_p = P^l W_V                     sites x P x d
+    mlp        [K_p; V_p] = start + W_2 tanh(W_1 E + b_1) + b_2   Li & Liang 2021 (arXiv:2101.00190), section 4.3
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from .errors import InputError
+from .kv import KVPrefix, SiteKV
+from .sites import Capture, Site, capture, project, routed, vocabulary_size
+
+DEFAULT_LENGTH = 16
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """What a prefix is made of.
+
+    form: `direct`, `projected` or `mlp`.
+    length: P, virtual tokens; by default the instruction's own length, else 16.
+    start: `instruction`, `vocabulary` or `random`; by default the instruction if there is one, else vocabulary.
+    instruction: the text whose keys and values are where training starts.
+    frozen_tokens: how many first tokens stay as they start (the attention sink); `direct` and `mlp` only.
+    mlp_size: width of the hidden layer of `mlp`.
+    layers: which of the base's layers the prefix enters; all by default.
+    window: in sliding-window layers the prefix stays `visible`, or `slides` out as real tokens would.
+    positions: text comes `after` the prefix's positions or is `kept` at 0; by default after, where the base allows.
+    seed: of the random start.
+    """
+
+    form: Literal["direct", "projected", "mlp"] = "direct"
+    length: int | None = None
+    start: Literal["instruction", "vocabulary", "random"] | None = None
+    instruction: str | None = None
+    frozen_tokens: int = 1
+    mlp_size: int = 512
+    layers: tuple[int, ...] | None = None
+    window: Literal["visible", "slides"] = "visible"
+    positions: Literal["after", "kept"] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise InputError(f"form {self.form!r} is unknown; choose one of {', '.join(FORMS)}.")
+        if self.length is not None and self.length < 1:
+            raise InputError(f"the prefix length must be at least 1, not {self.length}.")
+        if self.start not in (None, "instruction", "vocabulary", "random"):
+            raise InputError(f"start {self.start!r} is unknown; choose instruction, vocabulary or random.")
+        if self.start == "instruction" and not self.instruction:
+            raise InputError("a start from an instruction needs the instruction's text.")
+
+    @property
+    def chosen_start(self) -> str:
+        return self.start or ("instruction" if self.instruction else "vocabulary")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Form(nn.Module):
+    """A prefix under training. Calling it gives the `KVPrefix`; its parameters are float32."""
+
+    length: int
+
+    def count(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+class Direct(Form):
+    """Keys and values are the parameters themselves; the first `frozen` tokens stay as they start."""
+
+    def __init__(self, start: KVPrefix, frozen: int) -> None:
+        super().__init__()
+        self.names, self.length = list(start.sites), start.length
+        frozen = min(frozen, self.length - 1)
+        self.keys, self.values = nn.ParameterList(), nn.ParameterList()
+        for i, (keys, values) in enumerate(start.sites.values()):
+            self.register_buffer(f"sink_keys_{i}", keys[:, :, :frozen].float().clone())
+            self.register_buffer(f"sink_values_{i}", values[:, :, :frozen].float().clone())
+            self.keys.append(nn.Parameter(keys[:, :, frozen:].float().clone()))  # [1, H_kv, P - frozen, d_k]
+            self.values.append(nn.Parameter(values[:, :, frozen:].float().clone()))
+
+    def forward(self) -> KVPrefix:
+        sites = {}
+        for i, name in enumerate(self.names):
+            keys = torch.cat([getattr(self, f"sink_keys_{i}"), self.keys[i]], dim=2)
+            values = torch.cat([getattr(self, f"sink_values_{i}"), self.values[i]], dim=2)
+            sites[name] = SiteKV(keys, values)
+        return KVPrefix(sites)
+
+
+class Projected(Form):
+    """Hidden states P^l `[P, d]` per site, put through the site's own frozen projections."""
+
+    def __init__(self, base: PreTrainedModel, sites: list[Site], start: Capture) -> None:
+        super().__init__()
+        self.length = start.kv.length
+        self.hidden = nn.ParameterList(nn.Parameter(start.hidden[s.name][0].float().clone()) for s in sites)
+        self._sites, self._calls = sites, start.calls
+        self._base = [base]  # in a list, so that it does not become a submodule
+
+    def forward(self) -> KVPrefix:
+        base = self._base[0]
+        sites = {}
+        with routed(base):
+            for site, hidden in zip(self._sites, self.hidden, strict=True):
+                call = tree_map(lambda x: x.to(base.device) if isinstance(x, Tensor) else x, self._calls[site.name])
+                sites[site.name] = project(site, call, hidden[None].to(base.dtype))
+        return KVPrefix(sites)
+
+
+class MLP(Form):
+    """A two-layer network over an embedding, added to the start; run once per step, whatever the batch."""
+
+    def __init__(self, start: KVPrefix, frozen: int, embedding_size: int, size: int) -> None:
+        super().__init__()
+        self.names, self.length = list(start.sites), start.length
+        self._frozen = min(frozen, self.length - 1)
+        self._shapes = []
+        for i, (keys, values) in enumerate(start.sites.values()):
+            self.register_buffer(f"start_keys_{i}", keys.float().clone())
+            self.register_buffer(f"start_values_{i}", values.float().clone())
+            self._shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+        self.embedding = nn.Parameter(torch.randn(self.length - self._frozen, embedding_size))
+        self.inner = nn.Linear(embedding_size, size)
+        self.outer = nn.Linear(size, sum(heads * (dk + dv) for heads, dk, dv in self._shapes))
+        nn.init.zeros_(self.outer.weight)
+        nn.init.zeros_(self.outer.bias)
+
+    def forward(self) -> KVPrefix:
+        change = self.outer(torch.tanh(self.inner(self.embedding)))  # [P - frozen, Σ H_kv (d_k + d_v)]
+        change = nn.functional.pad(change, (0, 0, self._frozen, 0))
+        parts = change.split([heads * size for heads, *sizes in self._shapes for size in sizes], dim=1)
+        sites = {}
+        for i, (name, (heads, _, _)) in enumerate(zip(self.names, self._shapes, strict=True)):
+            keys, values = (p.view(1, self.length, heads, -1).transpose(1, 2) for p in parts[2 * i : 2 * i + 2])
+            sites[name] = SiteKV(getattr(self, f"start_keys_{i}") + keys, getattr(self, f"start_values_{i}") + values)
+        return KVPrefix(sites)
+
+
+class Finished(Form):
+    """A loaded prefix: keys and values that no longer train."""
+
+    def __init__(self, kv: KVPrefix) -> None:
+        super().__init__()
+        self.names, self.length = list(kv.sites), kv.length
+        for i, (keys, values) in enumerate(kv.sites.values()):
+            self.register_buffer(f"keys_{i}", keys)
+            self.register_buffer(f"values_{i}", values)
+
+    def forward(self) -> KVPrefix:
+        return KVPrefix(
+            {n: SiteKV(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i, n in enumerate(self.names)}
+        )
+
+
+FORMS = ("direct", "projected", "mlp")
+
+
+def make_form(config: PrefixConfig, base: PreTrainedModel, sites: list[Site], tokenizer: Any) -> Form:
+    """A form on `base` as `config` says, at its start. Raises InputError when the start cannot be made."""
+    sites = chosen_sites(config, sites)
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = start_ids(config, base, tokenizer, generator)
+    start = capture(base, sites, ids.to(base.device))
+    if config.chosen_start == "random":
+        start = _as_noise(start, 0 if config.form == "projected" else config.frozen_tokens, generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.form == "projected":
+            return Projected(base, sites, start).to(base.device)
+        if config.form == "mlp":
+            width = next(iter(start.hidden.values())).shape[-1]
+            return MLP(start.kv, config.frozen_tokens, width, config.mlp_size).to(base.device)
+        return Direct(start.kv, config.frozen_tokens).to(base.device)
+
+
+def chosen_sites(config: PrefixConfig, sites: list[Site]) -> list[Site]:
+    """The sites that the prefix enters: all, or those of `config.layers` (counted per kind of site)."""
+    if config.layers is None:
+        return sites
+    kept, counts = [], {"decoder": 0, "encoder": 0, "cross": 0}
+    for site in sites:
+        if counts[site.kind] in config.layers:
+            kept.append(site)
+        counts[site.kind] += 1
+    if not kept or max(config.layers) >= max(counts.values()):
+        raise InputError(f"layers {list(config.layers)} are not all among the base's {max(counts.values())}.")
+    return kept
+
+
+def start_ids(config: PrefixConfig, base: PreTrainedModel, tokenizer: Any, generator: torch.Generator) -> Tensor:
+    """Token ids `[1, P]` of the text that the prefix starts from.
+
+    A length beyond the instruction's repeats it; a shorter one keeps its first token and its end.
+    """
+    limit = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if config.length is not None and limit is not None and config.length >= limit:
+        raise InputError(f"a prefix of {config.length} tokens leaves no room in the model's {limit} positions.")
+    opening = [] if tokenizer is None else opening_ids(tokenizer)
+    if config.chosen_start != "instruction":
+        length = config.length or DEFAULT_LENGTH
+        drawn = _draw(base, tokenizer, length, generator)
+        return torch.tensor([(opening[:length] + drawn)[:length]])
+    if tokenizer is None:
+        raise InputError("a start from an instruction needs a tokenizer.")
+    text = tokenizer(config.instruction, add_special_tokens=False)["input_ids"]
+    if not text:
+        raise InputError("the instruction has no tokens; write at least one word.")
+    ids = opening + text
+    length = config.length or len(ids)
+    if limit is not None and length >= limit:
+        raise InputError(f"an instruction of {length} tokens leaves no room in the model's {limit} positions.")
+    if length > len(ids):
+        ids = ids + text * (length // len(text) + 1)
+        return torch.tensor([ids[:length]])
+    return torch.tensor([ids[:1] + ids[len(ids) - length + 1 :]])
+
+
+def opening_ids(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text (a beginning-of-sequence token, or none)."""
+    with_special, without = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (True, False))
+    return with_special[: with_special.index(without[0])] if without and without[0] in with_special else []
+
+
+def _draw(base: PreTrainedModel, tokenizer: Any, count: int, generator: torch.Generator) -> list[int]:
+    """Ordinary tokens from the most common 5,000 (Lester et al. 2021, arXiv:2104.08691, section 3.2): low ids are
+    early merges, so frequent text, in the byte-pair vocabularies of today's models."""
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    vocabulary = vocabulary_size(base)
+    common = torch.tensor([i for i in range(min(vocabulary, 5000 + len(special))) if i not in special])
+    return common[torch.randint(len(common), (count,), generator=generator)].tolist()
+
+
+def _as_noise(start: Capture, frozen: int, generator: torch.Generator) -> Capture:
+    """Normal noise with each channel's mean and deviation over the tokens of `start`; the first `frozen` stay."""
+
+    def noise(x: Tensor) -> Tensor:  # [..., P, d]
+        mean, deviation = x.mean(-2, keepdim=True), x.std(-2, keepdim=True, correction=0)
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
+        return torch.cat([x[..., :frozen, :], (mean + deviation * drawn)[..., frozen:, :]], dim=-2)
+
+    sites = {name: SiteKV(noise(kv.keys), noise(kv.values)) for name, kv in start.kv.sites.items()}
+    return Capture(KVPrefix(sites), {name: noise(h) for name, h in start.hidden.items()}, start.calls)

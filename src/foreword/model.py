@@ -1,0 +1,384 @@
+"""PrefixModel: a frozen base and the named prefixes that it can read."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import files
+from .attention import ATTRIBUTE, Kernel, ReadPrefix
+from .bases import load_base
+from .errors import InputError
+from .forms import Direct, Finished, Form, PrefixConfig, make_form
+from .kv import KVPrefix, SiteKV, mix_rows
+from .sites import find_sites, moves_positions, routed
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+ACTIVE: Any = object()  # the default of `prefix=`: whichever prefix is active
+
+
+class PrefixModel(nn.Module):
+    """A frozen base with a bank of named prefixes.
+
+    The model is called as the base is. `prefix=` chooses what a call reads: a name, one name (or None) per row, or
+    None for the bare base, whose outputs are then bit-identical to never having been wrapped. Without it the call
+    reads `active`, the prefix added or chosen last.
+
+    Arguments:
+        base: any transformers model whose attention goes through transformers' attention interface; it is frozen.
+        tokenizer: needed for starts from an instruction; saved with nothing.
+        kernel: `auto`, or `split` or `reference` for one way of computing the attention.
+
+    Raises InputError when a prefix cannot enter the base exactly; the sentence says why.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: Any = None, kernel: Kernel = "auto") -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.kernel = kernel
+        self.sites = find_sites(base)
+        self.can_move_positions = moves_positions(base)
+        self.forms = nn.ModuleDict()
+        self.configs: dict[str, PrefixConfig] = {}
+        self.headers: dict[str, dict[str, Any]] = {}
+        self.active: str | None = None
+        self._installed: list[tuple[nn.Module, ReadPrefix | None]] = []
+        self._accepts = set(inspect.signature(base.forward).parameters)
+        self._register_state_dict_hook(_without_base)
+
+    # ---- the bank
+
+    def add(self, name: str, config: PrefixConfig | None = None, **settings: Any) -> Form:
+        """Make a new prefix at its start, and activate it. `settings` are PrefixConfig's fields."""
+        self._check_new(name)
+        config = replace(config or PrefixConfig(), **settings)
+        if config.positions == "after" and not self.can_move_positions:
+            raise InputError(f"{type(self.base).__name__} cannot move its positions; use positions='kept'.")
+        form = make_form(config, self.base, self.sites, self.tokenizer)
+        positions = config.positions or ("after" if self.can_move_positions else "kept")
+        if config.window == "slides" and positions == "kept":
+            raise InputError("a prefix can slide out of the window only where text comes after it (positions='after').")
+        self.configs[name] = replace(config, length=form.length, positions=positions)
+        self.forms[name] = form
+        self.active = name
+        return form
+
+    def load(self, directory: str | Path, name: str | None = None, *, trainable: bool = False) -> Form:
+        """Load a saved prefix and activate it; `trainable` goes on training its keys and values (form `direct`).
+
+        Raises InputError when the directory is damaged or the prefix belongs to another base.
+        """
+        header, tensors = files.read(directory)
+        name = name or re.sub(r"[^A-Za-z0-9_-]", "-", Path(directory).resolve().name).strip("-_") or "prefix"
+        self._check_new(name)
+        own = files.fingerprint(self.base)
+        if header["base"]["fingerprint"] != own:
+            raise InputError(
+                f"{directory} was trained for {header['base']['id']} (fingerprint {header['base']['fingerprint']}), "
+                f"not for this base ({self.base_id}, fingerprint {own}); load it on its own base."
+            )
+        kv = files.kv_from(header, tensors).to(self.base.device)
+        settings = {k: v for k, v in header["prefix"].items() if k in PrefixConfig.__dataclass_fields__}
+        settings["layers"] = tuple(settings["layers"]) if settings.get("layers") else None
+        config = PrefixConfig(**settings)
+        form = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
+        self.configs[name] = replace(config, form="direct") if trainable else config
+        self.forms[name], self.headers[name], self.active = form, header, name
+        return form
+
+    def remove(self, name: str) -> None:
+        """Drop a prefix from the bank."""
+        self._check_known(name)
+        del self.forms[name], self.configs[name]
+        self.headers.pop(name, None)
+        self.active = None if self.active == name else self.active
+
+    def activate(self, name: str | None) -> None:
+        """Choose what calls without `prefix=` read; None is the bare base."""
+        if name is not None:
+            self._check_known(name)
+        self.active = name
+
+    def form(self, name: str) -> Form:
+        """The form of a prefix in the bank."""
+        self._check_known(name)
+        return cast(Form, self.forms[name])
+
+    def kv(self, name: str) -> KVPrefix:
+        """The finished keys and values of a prefix, in the graph while gradients are on."""
+        return self.form(name)()
+
+    def count(self, name: str | None = None) -> int:
+        """Trained parameters of a prefix (the active one by default)."""
+        name = name or self.active
+        if name is None:
+            return 0
+        form = self.form(name)
+        saved = self.headers.get(name)
+        return saved["prefix"]["parameters"] if saved and isinstance(form, Finished) else form.count()
+
+    def text_limit(self, name: str | None = None) -> int | None:
+        """How many tokens of text the base takes behind a prefix; None where its positions have no end."""
+        limit = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        name = name or self.active
+        if limit is None or name is None or self.configs[name].positions == "kept":
+            return limit
+        return limit - self.form(name).length
+
+    def _check_new(self, name: str) -> None:
+        if not NAME_PATTERN.fullmatch(name):
+            raise InputError(f"{name!r} cannot name a prefix; use letters, digits, - and _, at most 64.")
+        if name in self.forms:
+            raise InputError(f"a prefix named {name!r} is there already; remove it or choose another name.")
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.forms:
+            known = ", ".join(self.forms) or "none"
+            raise InputError(f"there is no prefix named {name!r}; loaded are: {known}.")
+
+    # ---- running
+
+    def forward(self, *args: Any, prefix: str | Sequence[str | None] | None = ACTIVE, **kwargs: Any) -> Any:
+        """The base's forward, every site reading the prefix. Returns what the base returns."""
+        if torch.is_grad_enabled() and "use_cache" in self._accepts and kwargs.get("past_key_values") is None:
+            kwargs.setdefault("use_cache", False)
+        with self.reading(prefix):
+            return self.base(*args, **kwargs)
+
+    @torch.no_grad()
+    def generate(self, *args: Any, prefix: str | Sequence[str | None] | None = ACTIVE, **kwargs: Any) -> Any:
+        """The base's `generate` with all of its arguments, every step reading the prefix."""
+        with self.reading(prefix):
+            return cast(Any, self.base).generate(*args, **kwargs)
+
+    @contextmanager
+    def reading(self, prefix: str | Sequence[str | None] | None = ACTIVE) -> Iterator[None]:
+        """While open, calls of the base itself (`model.base(...)`, a pipeline over it) read the prefix too."""
+        prefix = self.active if prefix is ACTIVE else prefix
+        names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
+        chosen = list(dict.fromkeys(name for name in names if name is not None))
+        if not chosen:
+            yield
+            return
+        kv = self._mixed(names, chosen)
+        if self.base.is_activation_checkpointing:
+            self.gradient_checkpointing_enable()
+        configs = {(self.configs[n].positions, self.configs[n].window) for n in chosen}
+        if len(configs) > 1:
+            raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
+        ((positions, window),) = configs
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self._install(kv, positions == "after", window == "slides", args, kwargs)
+
+        with ExitStack() as stack:
+            handle = self.base.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(handle.remove)
+            stack.enter_context(self._restoring([]))
+            yield
+
+    def _mixed(self, names: list[str | None], chosen: list[str]) -> KVPrefix:
+        made = {name: self.kv(name) for name in chosen}
+        if len(names) == 1:
+            return made[chosen[0]]
+        sites = made[chosen[0]].sites.items()
+        nothing = KVPrefix({n: SiteKV(kv.keys[:, :, :0], kv.values[:, :, :0]) for n, kv in sites})
+        order: list[str | None] = [*chosen, None] if None in names else [*chosen]
+        return mix_rows([nothing if n is None else made[n] for n in order], [order.index(n) for n in names])
+
+    def _install(
+        self, kv: KVPrefix, after: bool, slides: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before each forward of the base: move its positions, and put on every site what it is to read."""
+        text = args[0] if args else kwargs.get("input_ids")
+        text = cast(Tensor, kwargs.get("inputs_embeds") if text is None else text)
+        rows = text.shape[0]
+        if kv.rows not in (1, rows):
+            if rows % kv.rows:
+                raise InputError(f"the batch has {rows} rows, but prefixes were named for {kv.rows}.")
+            kv = _repeat(kv, rows // kv.rows)  # beams
+        if after:
+            offset = kv.length if kv.lengths is None else kv.lengths[:, None]
+            kwargs = {**kwargs, "position_ids": _positions(text, kwargs) + offset}
+        self._installed = [
+            (site.module, ReadPrefix(kv.sites[site.name], hidden, self.kernel))
+            for site in self.sites
+            if site.name in kv.sites
+            for hidden in [_hidden(kv, site.window if slides else None, kwargs.get("position_ids"))]
+        ]
+        for module, read in self._installed:
+            setattr(module, ATTRIBUTE, read)
+        return args, kwargs
+
+    @contextmanager
+    def _restoring(self, installed: list[tuple[nn.Module, ReadPrefix | None]]) -> Iterator[None]:
+        """While open, attention is routed and the sites read `installed`; afterwards what they read before."""
+        before = [(site.module, getattr(site.module, ATTRIBUTE, None)) for site in self.sites]
+        for module, read in installed:
+            setattr(module, ATTRIBUTE, read)
+        try:
+            with routed(self.base):
+                yield
+        finally:
+            for module, read in before:
+                setattr(module, ATTRIBUTE, read)
+
+    # ---- training
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Checkpoint the base's layers; the second run of a layer reads the same prefix as its first."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise InputError("gradient checkpointing of a prefix needs use_reentrant=False.")
+
+        def contexts() -> tuple[Any, Any]:
+            return nullcontext(), self._restoring(list(self._installed))
+
+        self.base.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
+        )
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self.base.gradient_checkpointing_disable()
+
+    # ---- files
+
+    def header(self, name: str, task: dict[str, Any] | None = None, training: dict[str, Any] | None = None) -> dict:
+        """What `prefix.json` says of a prefix."""
+        kv, config = self.kv(name), self.configs[name]
+        kinds = {site.name: site.kind for site in self.sites}
+        return {
+            "base": {
+                "id": self.base_id,
+                "fingerprint": files.fingerprint(self.base),
+                "model": type(self.base).__name__,
+                "parameters": sum(p.numel() for p in self.base.parameters()),
+            },
+            "prefix": {**config.to_dict(), "start": config.chosen_start, "parameters": self.count(name)},
+            "sites": [
+                {
+                    "name": n,
+                    "kind": kinds[n],
+                    "keys": list(s.keys.shape[1:]),
+                    "values": list(s.values.shape[1:]),
+                }
+                for n, s in kv.sites.items()
+            ],
+            "task": task,
+            "training": training,
+        }
+
+    @torch.no_grad()
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        name: str | None = None,
+        *,
+        task: dict[str, Any] | None = None,
+        training: dict[str, Any] | None = None,
+        extra: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Save one prefix (the active one by default), with what a task adds to header and tensors."""
+        name = name or self.active
+        if name is None:
+            raise InputError("there is no active prefix to save; name one.")
+        files.write(directory, self.header(name, task, training), {**files.kv_tensors(self.kv(name)), **(extra or {})})
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, base: PreTrainedModel | None = None, tokenizer: Any = None, **kwargs: Any
+    ) -> PrefixModel:
+        """A saved prefix on its base, which is loaded by the id in the file unless it is given."""
+        header = files.read_header(directory)
+        if base is None:
+            base, tokenizer = load_base(header["base"]["id"])
+        model = cls(base, tokenizer, **kwargs)
+        model.load(directory)
+        return model
+
+    def push_to_hub(self, repo_id: str, name: str | None = None, **kwargs: Any) -> Any:
+        """Upload one prefix to the hub, as `save_pretrained` writes it."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / (name or self.active or "prefix")
+            self.save_pretrained(target, name)
+            api = HfApi()
+            api.create_repo(repo_id, exist_ok=True)
+            return api.upload_folder(repo_id=repo_id, folder_path=str(target), **kwargs)
+
+    @property
+    def kind(self) -> str:
+        """`decoder`, `encoder` or `encoder-decoder`."""
+        return "encoder-decoder" if self.config.is_encoder_decoder else self.sites[0].kind
+
+    @property
+    def base_id(self) -> str:
+        return self.base.config._name_or_path or type(self.base).__name__
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+
+def _without_base(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    """A state dict holds what was learned; the frozen base stays where it came from."""
+    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+        del state[key]
+
+
+def _repeat(kv: KVPrefix, times: int) -> KVPrefix:
+    sites = {
+        name: SiteKV(site.keys.repeat_interleave(times, 0), site.values.repeat_interleave(times, 0))
+        for name, site in kv.sites.items()
+    }
+    return KVPrefix(sites, None if kv.lengths is None else kv.lengths.repeat_interleave(times))
+
+
+def _positions(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Position ids `[B, n]` of the tokens at hand, counted from 0 at each row's first real token."""
+    given = kwargs.get("position_ids")
+    if given is not None:
+        return given
+    length, mask, cache = text.shape[1], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if mask is not None and mask.dim() == 2:
+        first = mask.long().argmax(-1, keepdim=True)
+        return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)[:, -length:]
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(length, device=text.device)[None] + past
+
+
+def _hidden(kv: KVPrefix, window: int | None, positions: Tensor | None) -> Tensor | None:
+    """The additive mask over the prefix, `[R, 1, n or 1, P]`: padding of shorter rows, and what slid out."""
+    visible = kv.visible
+    seen = None if visible is None else visible[:, None, None, :]
+    if window is not None and positions is not None:
+        near = positions[:, None, :, None] - torch.arange(kv.length, device=positions.device) < window
+        seen = near if seen is None else seen & near
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)

@@ -1,0 +1,299 @@
+"""transformers' Trainer for a frozen base with a few trainable parameters; PrefixTrainer says what it adds.
+
+The model is any module whose forward(**batch) returns a dict with "loss", the mean over the batch's rows, and
+"logits". Nothing here knows of prefixes.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from foreword import checkpoints
+from foreword.arguments import machine_has_fast_bf16, training_arguments
+from foreword.batching import BucketSampler, Rows, longest_first, reordered, reordered_prediction
+from foreword.checkpoints import folder_of, is_complete, last_checkpoint
+from foreword.errors import InputError, RunError
+from foreword.interrupt import Interrupt
+from foreword.progress import ProgressReport
+
+__all__ = ["PrefixTrainer", "Rows", "last_checkpoint", "machine_has_fast_bf16", "training_arguments"]
+
+
+class PrefixTrainer(Trainer):
+    """transformers' Trainer, with
+
+    - batches of similar length, where a dataset has `lengths` (see `Rows`), results in the rows' order;
+    - checkpoints of the trainable parameters alone, from which a killed run goes on to the same bits;
+    - the best step by validation at the end, and early stopping after `patience` validations without one;
+    - a clear RunError for a loss that is not a number, for Ctrl-C, and for a disk that is full;
+    - an accumulated gradient that is the mean over all rows, also where the last batch is smaller;
+    - `head_learning_rate` for the parameters whose name contains "head".
+    """
+
+    model: Any
+    loss_is_scaled_for_ga = True  # `compute_loss` does it
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        patience: int | None = None,
+        head_learning_rate: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("Training with FSDP or DeepSpeed is not supported: use one process per GPU (DDP).")
+        self.model_accepts_loss_kwargs = False  # else a forward with **kwargs is asked to scale its loss
+        self._run = Path(args.output_dir or ".")
+        self.head_learning_rate = head_learning_rate
+        self._buckets: BucketSampler | None = None
+        self._interrupt = Interrupt()
+        self._progress = ProgressReport()
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(self._progress)
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
+        self._enable_gradient_checkpointing()
+
+    def train(  # type: ignore[override]  # without Trainer's two arguments for searches
+        self, resume_from_checkpoint: str | bool | None = None
+    ) -> TrainOutput:
+        """Train, from the start or from a complete checkpoint (True: the last one in the output folder).
+
+        Raises: InputError where there is nothing to resume from, or something that a new run would mix with;
+        RunError for a loss that is not a number, an interrupt, or a checkpoint that could not be written.
+        """
+        resume = self._starting_point(resume_from_checkpoint)
+        set_seed(self.args.seed)  # so that the run does not depend on what was drawn before it
+        try:
+            with self._interrupt:
+                output = super().train(resume)
+            if self._interrupt.asked:  # too late to stop the training, in time to stop what follows
+                raise KeyboardInterrupt
+            return output
+        finally:
+            self._progress.close()
+            self.is_in_train = False
+
+    def _starting_point(self, resume: str | bool | None) -> str | None:
+        last = last_checkpoint(self._run)
+        if not resume and last is not None:
+            raise InputError(f"{self._run} holds checkpoints of an earlier run: resume it or use another folder.")
+        if not resume:
+            return None
+        found = last if resume is True else Path(str(resume))
+        if found is None or not is_complete(found):
+            raise InputError(f"There is no complete checkpoint to resume from in {found or self._run}.")
+        return str(found)
+
+    def _enable_gradient_checkpointing(self) -> None:
+        """Call the model's own switch; Trainer would hand it arguments that only PreTrainedModel takes."""
+        if not self.args.activation_checkpointing:
+            return
+        enable = getattr(self.model, "gradient_checkpointing_enable", None)
+        if enable is None:
+            raise InputError(f"{type(self.model).__name__} cannot use gradient checkpointing.")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.args.activation_checkpointing = False
+
+    # ---- Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        lengths = getattr(dataset, "lengths", None)
+        if lengths is None:
+            return super()._get_train_sampler(dataset)
+        self._buckets = BucketSampler(lengths, self._train_batch_size, self.args.seed)
+        return self._buckets
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        order = longest_first(eval_dataset)
+        return super()._get_eval_sampler(eval_dataset) if order is None else order.tolist()
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Trainer's, with everything that it returns or gives to compute_metrics in the dataset's order."""
+        order, metrics = longest_first(dataloader.dataset), self.compute_metrics
+        if order is None or self.args.batch_eval_metrics:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        back = np.argsort(order)
+        if metrics is not None:
+            self.compute_metrics = lambda prediction: metrics(reordered_prediction(prediction, back))
+        try:
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self.compute_metrics = metrics
+        predictions, labels = reordered(output.predictions, back), reordered(output.label_ids, back)
+        return output._replace(predictions=predictions, label_ids=labels)
+
+    # ---- One step
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
+        """Rows of an accumulated batch, over all processes."""
+        rows = sum(find_batch_size(batch) or 0 for batch in batch_samples)
+        if self.args.world_size > 1:
+            rows = int(self.accelerator.gather(torch.tensor([rows], device=device)).sum())
+        return rows
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's mean loss; in training its share of the mean over the rows of the accumulated batch."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if model.training and num_items_in_batch:
+            # DDP averages over the processes, hence the world size.
+            loss = loss * (find_batch_size(inputs) * self.args.world_size / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's AdamW and weight decay, with groups of their own for the head's parameters."""
+        fresh, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if not fresh or self.head_learning_rate is None:
+            return optimizer
+        named = (model if model is not None else self.model).named_parameters()
+        head = {id(p) for name, p in named if "head" in name and p.requires_grad}
+        if not head:
+            raise InputError("A learning rate for the head was given, but no trainable parameter is named 'head'.")
+        for group in list(optimizer.param_groups):
+            params = group["params"]
+            group["params"] = [p for p in params if id(p) not in head]
+            own = [p for p in params if id(p) in head]
+            optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate})
+        return optimizer
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Runs between backward pass and optimizer step: the last place where the parameters are good."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # Under a float16 gradient scaler infinite gradients are normal: it skips the step.
+        probe = self._tr_loss if self.accelerator.scaler is not None else self._tr_loss + norm
+        if not bool(torch.isfinite(torch.as_tensor(probe))):
+            self._raise_not_finite()
+        return norm
+
+    def _raise_not_finite(self) -> None:
+        step = self.state.global_step
+        kept = "no checkpoint was saved yet"
+        if step > 0:
+            self._save_checkpoint(self.model, None)
+            kept = f"the last good state is kept in {folder_of(self._run, step)}"
+        raise RunError(
+            f"The loss is not a finite number at step {step + 1}, and {kept}; "
+            f"use a lower learning rate than {self.args.learning_rate:g}."
+        )
+
+    # ---- The loop
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, unless the checkpoint was the run's last: Trainer would then train one step too many."""
+        if self.state.global_step >= self.state.max_steps or self._out_of_patience():
+            self.control.should_training_stop = True
+            return
+        if self._buckets is not None:
+            # With several processes, accelerate does not reach the sampler of an epoch that is resumed midway.
+            self._buckets.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _out_of_patience(self) -> bool:
+        stoppers = [cb for cb in self.callback_handler.callbacks if isinstance(cb, EarlyStoppingCallback)]
+        return any(cb.early_stopping_patience_counter >= cb.early_stopping_patience for cb in stoppers)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._raise_if_interrupted()
+
+    def _raise_if_interrupted(self) -> None:
+        if self._interrupt.asked:
+            self._save_checkpoint(self.model, None)
+            at = f"interrupted at step {self.state.global_step}"
+            raise RunError(f"{at}; the state is saved; run again with --resume to go on")
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's, and saves each new best step, which otherwise is lost where it is not a saving step."""
+        best = super()._determine_best_metric(metrics, trial)
+        self.control.should_save |= best and self.args.save_strategy != "no"
+        return best
+
+    # ---- Checkpoints: Trainer's hooks, in the formats of foreword.checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = folder_of(self._run, self.state.global_step)
+        if is_complete(folder):  # an interrupt at a saving step
+            return
+        try:
+            self._write_checkpoint(folder)
+        except checkpoints.WRITE_ERRORS as error:
+            checkpoints.discard(folder)
+            last = last_checkpoint(self._run)
+            kept = f"{last} is kept" if last else "no earlier checkpoint was saved"
+            raise RunError(f"The checkpoint {folder} could not be written ({error}); {kept}.") from error
+        best = self.state.best_model_checkpoint
+        if self.args.should_save:
+            checkpoints.rotate(self._run, self.args.save_total_limit, Path(best) if best else None)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        if self.args.should_save:
+            checkpoints.discard(folder)
+            folder.mkdir(parents=True)
+        self.store_flos()  # gathers, so every process takes part
+        self.accelerator.wait_for_everyone()
+        checkpoints.write_rng(folder, self._rng_name())
+        if self.args.should_save:
+            checkpoints.write_trainable(folder, self.model)
+            checkpoints.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+            exported = [cb for cb in self.callback_handler.callbacks if isinstance(cb, ExportableState)]
+            exported_states: Any = {type(cb).__name__: cb.state() for cb in exported}
+            # The path is left out, as the folder may be moved; `_init_training_state` makes it from the step.
+            state = dataclasses.replace(self.state, best_model_checkpoint=None, stateful_callbacks=exported_states)
+            state.save_to_json(str(folder / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.finish(folder)
+        self.accelerator.wait_for_everyone()
+        self._find_best_checkpoint()
+
+    def _find_best_checkpoint(self) -> None:
+        best = folder_of(self._run, self.state.best_global_step or 0)
+        self.state.best_model_checkpoint = str(best) if is_complete(best) else None
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(*args, **kwargs)
+        self._find_best_checkpoint()
+        return trained
+
+    def _rng_name(self) -> str:
+        return "rng" if self.args.world_size <= 1 else f"rng-{self.args.process_index}"
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What `save_model` calls: the trainable parameters alone."""
+        if self.args.should_save:
+            folder = Path(output_dir or self._run)
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoints.write_trainable(folder, self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoints.read_trainable(Path(resume_from_checkpoint), model if model is not None else self.model)
+
+    def _load_best_model(self) -> None:
+        checkpoints.read_trainable(Path(str(self.state.best_model_checkpoint)), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            scaler = self.accelerator.scaler
+            checkpoints.read_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, scaler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done with the optimizer."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.read_rng(Path(checkpoint), self._rng_name())

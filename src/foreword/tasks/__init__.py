@@ -1,0 +1,1 @@
+"""What turns rows into inputs, logits into a loss, and predictions into metrics: one module per task."""

@@ -1,0 +1,5 @@
+"""python -m foreword"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,43 @@
+"""The command line: one file per command, no logic. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ..errors import ForewordError
+from . import eval as eval_command
+from . import generate, inspect, predict, train
+
+app = typer.Typer(
+    name="foreword",
+    help="Prefix-tuning: teach one frozen language model many jobs, a small prefix for each.\n\n"
+    "Example: foreword train --output runs/news   (SmolLM2-135M on BBC News)",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("train")(train.command)
+app.command("eval")(eval_command.command)
+app.command("predict")(predict.command)
+app.command("generate")(generate.command)
+app.command("inspect")(inspect.command)
+
+
+def main() -> None:
+    """Run the command line. What is wrong is said in one sentence: exit code 2 for bad input, 1 for failed work."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ForewordError as error:
+        print(f"foreword: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("foreword: interrupted.", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"foreword: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,135 @@
+"""How results look in a terminal. Results go to stdout, news and progress to stderr."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from ..train import TrainResult
+
+METRICS = ("accuracy", "precision", "recall", "f1")
+
+
+def news(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def json(content: Any) -> None:
+    print(json_module.dumps(content, indent=2, ensure_ascii=False))
+
+
+def json_lines(rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows:
+        print(json_module.dumps(row, ensure_ascii=False))
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """JSON lines, written beside and renamed."""
+    beside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json_module.dumps(row, ensure_ascii=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    news(f"{len(rows)} rows written to {path}.")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with an estimate on a terminal; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn(what), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _metrics_table(title: str, rows: dict[str, dict[str, float] | None]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for metric in METRICS:
+        table.add_column(metric, justify="right")
+    for name, figures in rows.items():
+        if figures:
+            table.add_row(name, *(f"{figures[metric]:.3f}" for metric in METRICS))
+    return table
+
+
+def trained(result: TrainResult) -> None:
+    """Figures beside zero-shot, per label, and what was saved."""
+    summary, console = result.summary, Console()
+    title = f"{summary['rows']['test']} test rows (precision, recall, F1 weighted by label)"
+    console.print(_metrics_table(title, {"zero-shot": result.zero_shot, "prefix": result.test}))
+    _per_label(console, summary["per_label"])
+    size = sum(path.stat().st_size for path in result.output.iterdir()) / 2**20
+    seconds = summary["seconds"]
+    console.print(
+        f"Saved {result.output} ({size:.1f} MiB) after {summary['steps']} steps; "
+        f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all."
+    )
+
+
+def _per_label(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table()
+    for column in ("label", "precision", "recall", "f1", "rows"):
+        table.add_column(column, justify="left" if column == "label" else "right")
+    for row in rows:
+        figures = [f"{row[column]:.3f}" for column in ("precision", "recall", "f1")]
+        table.add_row(row["label"], *figures, str(row["rows"]))
+    console.print(table)
+
+
+def evaluated(report: dict[str, Any]) -> None:
+    console = Console()
+    title = f"{report['rows']} rows of {report['data']}"
+    console.print(_metrics_table(title, {"prefix": report["metrics"]}))
+    _per_label(console, report["per_label"])
+
+
+def predicted(results: Sequence[dict[str, Any]]) -> None:
+    table = Table()
+    for column in ("label", "probability", "text"):
+        table.add_column(column, justify="right" if column == "probability" else "left")
+    for result in results:
+        table.add_row(result["label"], f"{result['score']:.3f}", result["text"])
+    Console().print(table)
+
+
+def generated(results: Sequence[dict[str, str]]) -> None:
+    for result in results:
+        print(f"{result['prompt']}{result['completion']}")
+
+
+def described(description: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    for name, value in description.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), _plain(name, value))
+    Console().print(table)
+
+
+def _plain(name: str, value: Any) -> str:
+    if name == "share_of_base":
+        return f"{value:.3%}"
+    if name == "bytes":
+        return f"{value:,} ({value / 2**20:.2f} MiB)"
+    if isinstance(value, bool) or not isinstance(value, int | dict):
+        return str(value).strip()
+    if isinstance(value, int):
+        return f"{value:,}"
+    shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in value.items()}
+    return "\n".join(f"{k}: {', '.join(map(str, v)) if isinstance(v, list) else v!s}" for k, v in shown.items())

@@ -141,6 +141,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         "validation": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
+        "parameters": model.count(),
+        "learning_rate": trainer.args.learning_rate,
         "rows": {name: len(rows) for name, (rows, _) in splits.items()},
         "cut": cut,
         "per_label": per_label(truth, predicted, data.labels),

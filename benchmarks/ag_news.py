@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max-length", type=int, default=48)
     parser.add_argument("--validation-rows", type=int, default=50)
-    parser.add_argument("--test-rows", type=int, default=1000)
+    parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--only", default="", help="e.g. direct-instruction: only runs whose name holds this")
     arguments = parser.parse_args()
     grid = [(f, s, seed) for seed in range(arguments.seeds) for f in FORMS for s in STARTS]

@@ -94,12 +94,14 @@ def reference_attention(
     scores = scores * (scale if scale is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores + _full_mask(scores, tokens, prefix, mask, causal)
+    full = _full_mask(scores, tokens, prefix, mask, causal)
+    scores = scores + full
     if sinks is not None:
         column = sinks.to(wide).reshape(1, -1, 1, 1).expand(rows, heads, length, 1)
         weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
     else:
-        weights = scores.softmax(-1)
+        blind = (full == -torch.inf).all(-1, keepdim=True)  # a query that sees nothing gets nothing, not NaN
+        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     weights = torch.nn.functional.dropout(weights, dropout)
     return (weights @ value.to(wide)).to(query.dtype), weights
 

@@ -59,8 +59,14 @@ class PrefixConfig:
             raise InputError(f"the prefix length must be at least 1, not {self.length}.")
         if self.start not in (None, "instruction", "vocabulary", "random"):
             raise InputError(f"start {self.start!r} is unknown; choose instruction, vocabulary or random.")
-        if self.start == "instruction" and not self.instruction:
-            raise InputError("a start from an instruction needs the instruction's text.")
+        if self.window not in ("visible", "slides"):
+            raise InputError(f"window {self.window!r} is unknown; choose visible or slides.")
+        if self.positions not in (None, "after", "kept"):
+            raise InputError(f"positions {self.positions!r} is unknown; choose after or kept.")
+        if self.frozen_tokens < 0:
+            raise InputError(f"frozen_tokens must be 0 or more, not {self.frozen_tokens}.")
+        if self.mlp_size < 1:
+            raise InputError(f"mlp_size must be at least 1, not {self.mlp_size}.")
 
     @property
     def chosen_start(self) -> str:
@@ -109,18 +115,19 @@ class Projected(Form):
     def __init__(self, base: PreTrainedModel, sites: list[Site], start: Capture) -> None:
         super().__init__()
         self.length = start.kv.length
-        self.hidden = nn.ParameterList(nn.Parameter(start.hidden[s.name][0].float().clone()) for s in sites)
-        self._sites, self._calls = sites, start.calls
+        own = [s for s in sites if s.name not in start.shared]
+        self.hidden = nn.ParameterList(nn.Parameter(start.hidden[s.name][0].float().clone()) for s in own)
+        self._sites, self._own, self._calls, self._shared = sites, own, start.calls, start.shared
         self._base = [base]  # in a list, so that it does not become a submodule
 
     def forward(self) -> KVPrefix:
         base = self._base[0]
         sites = {}
         with routed(base):
-            for site, hidden in zip(self._sites, self.hidden, strict=True):
+            for site, hidden in zip(self._own, self.hidden, strict=True):
                 call = tree_map(lambda x: x.to(base.device) if isinstance(x, Tensor) else x, self._calls[site.name])
                 sites[site.name] = project(site, call, hidden[None].to(base.dtype))
-        return KVPrefix(sites)
+        return KVPrefix({s.name: sites[self._shared.get(s.name, s.name)] for s in self._sites})
 
 
 class MLP(Form):
@@ -216,8 +223,8 @@ def start_ids(config: PrefixConfig, base: PreTrainedModel, tokenizer: Any, gener
         length = config.length or DEFAULT_LENGTH
         drawn = _draw(base, tokenizer, length, generator)
         return torch.tensor([(opening[:length] + drawn)[:length]])
-    if tokenizer is None:
-        raise InputError("a start from an instruction needs a tokenizer.")
+    if tokenizer is None or config.instruction is None:
+        raise InputError("a start from an instruction needs the instruction's text and a tokenizer.")
     text = tokenizer(config.instruction, add_special_tokens=False)["input_ids"]
     if not text:
         raise InputError("the instruction has no tokens; write at least one word.")
@@ -255,4 +262,4 @@ def _as_noise(start: Capture, frozen: int, generator: torch.Generator) -> Captur
         return torch.cat([x[..., :frozen, :], (mean + deviation * drawn)[..., frozen:, :]], dim=-2)
 
     sites = {name: SiteKV(noise(kv.keys), noise(kv.values)) for name, kv in start.kv.sites.items()}
-    return Capture(KVPrefix(sites), {name: noise(h) for name, h in start.hidden.items()}, start.calls)
+    return Capture(KVPrefix(sites), {name: noise(h) for name, h in start.hidden.items()}, start.calls, start.shared)

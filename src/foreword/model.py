@@ -20,7 +20,7 @@ from .bases import load_base
 from .errors import InputError
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
-from .sites import find_sites, moves_positions, routed
+from .sites import find_sites, implementations, moves_positions, routed
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 ACTIVE: Any = object()  # the default of `prefix=`: whichever prefix is active
@@ -48,7 +48,9 @@ class PrefixModel(nn.Module):
         self.kernel = kernel
         self.sites = find_sites(base)
         self.can_move_positions = moves_positions(base)
-        self.forms = nn.ModuleDict()
+        self.forms = _Bank()
+        self._reader: object = None  # the innermost open `reading`
+        self._outside = implementations(base)  # the base's own attention
         self.configs: dict[str, PrefixConfig] = {}
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
@@ -167,8 +169,20 @@ class PrefixModel(nn.Module):
         prefix = self.active if prefix is ACTIVE else prefix
         names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
         chosen = list(dict.fromkeys(name for name in names if name is not None))
+        outer, self._reader = self._reader, (reader := object())
+        try:
+            with ExitStack() as stack:
+                if outer is None:
+                    self._outside = implementations(self.base)
+                self._enter(stack, reader, names, chosen)
+                yield
+        finally:
+            self._reader = outer
+            self._installed = []
+
+    def _enter(self, stack: ExitStack, reader: object, names: list[str | None], chosen: list[str]) -> None:
         if not chosen:
-            yield
+            stack.enter_context(self._restoring([(site.module, None) for site in self.sites], self._outside))
             return
         kv = self._mixed(names, chosen)
         if self.base.is_activation_checkpointing:
@@ -179,18 +193,21 @@ class PrefixModel(nn.Module):
         ((positions, window),) = configs
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._reader is not reader:  # an inner `reading` is open
+                return None
             return self._install(kv, positions == "after", window == "slides", args, kwargs)
 
-        with ExitStack() as stack:
-            handle = self.base.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.enter_context(self._restoring([]))
-            yield
+        encoder = [self.base.get_encoder()] if self.base.config.is_encoder_decoder else []
+        for module in (self.base, *encoder):  # `generate` calls the encoder by itself
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.enter_context(self._restoring([]))
 
     def _mixed(self, names: list[str | None], chosen: list[str]) -> KVPrefix:
         made = {name: self.kv(name) for name in chosen}
         if len(names) == 1:
             return made[chosen[0]]
+        if any(kv.sites.keys() != made[chosen[0]].sites.keys() for kv in made.values()):
+            raise InputError("prefixes that enter different layers cannot be mixed in one batch.")
         sites = made[chosen[0]].sites.items()
         nothing = KVPrefix({n: SiteKV(kv.keys[:, :, :0], kv.values[:, :, :0]) for n, kv in sites})
         order: list[str | None] = [*chosen, None] if None in names else [*chosen]
@@ -201,7 +218,13 @@ class PrefixModel(nn.Module):
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Before each forward of the base: move its positions, and put on every site what it is to read."""
         text = args[0] if args else kwargs.get("input_ids")
-        text = cast(Tensor, kwargs.get("inputs_embeds") if text is None else text)
+        for other in ("inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
+            text = kwargs.get(other) if text is None else text
+        keep = kwargs.get("logits_to_keep")
+        if isinstance(keep, int) and keep and getattr(self.base.config.get_text_config(), "num_kv_shared_layers", 0):
+            # with a number Gemma drops queries between layers, which neither the causal flag nor `hidden` can follow
+            length = text.shape[1]
+            kwargs = {**kwargs, "logits_to_keep": torch.arange(max(0, length - keep), length, device=text.device)}
         rows = text.shape[0]
         if kv.rows not in (1, rows):
             if rows % kv.rows:
@@ -221,13 +244,15 @@ class PrefixModel(nn.Module):
         return args, kwargs
 
     @contextmanager
-    def _restoring(self, installed: list[tuple[nn.Module, ReadPrefix | None]]) -> Iterator[None]:
+    def _restoring(
+        self, installed: list[tuple[nn.Module, ReadPrefix | None]], to: list[tuple[Any, str | None]] | None = None
+    ) -> Iterator[None]:
         """While open, attention is routed and the sites read `installed`; afterwards what they read before."""
         before = [(site.module, getattr(site.module, ATTRIBUTE, None)) for site in self.sites]
         for module, read in installed:
             setattr(module, ATTRIBUTE, read)
         try:
-            with routed(self.base):
+            with routed(self.base, to):
                 yield
         finally:
             for module, read in before:
@@ -241,7 +266,8 @@ class PrefixModel(nn.Module):
             raise InputError("gradient checkpointing of a prefix needs use_reentrant=False.")
 
         def contexts() -> tuple[Any, Any]:
-            return nullcontext(), self._restoring(list(self._installed))
+            again = self._restoring(list(self._installed)) if self._installed else nullcontext()
+            return nullcontext(), again
 
         self.base.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
@@ -343,6 +369,13 @@ class PrefixModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.base.dtype
+
+
+class _Bank(nn.ModuleDict):
+    """A ModuleDict that takes every name, those of Module's own methods (`train`, `keys`, `half`) too."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        self._modules[key] = module
 
 
 def _without_base(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -52,15 +52,22 @@ class Capture:
     kv: KVPrefix
     hidden: dict[str, Tensor]
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
+    shared: dict[str, str] = field(default_factory=dict)  # sites that read an earlier site's keys and values
+
+
+def implementations(base: PreTrainedModel) -> list[tuple[Any, str | None]]:
+    """Every config in the base, with the attention that it names."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
+    return [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation")]
 
 
 @contextmanager
-def routed(base: PreTrainedModel) -> Iterator[None]:
-    """While open, the base's attention and its masks go through `prefix_attention` and `prefix_mask`."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in base.modules() if hasattr(m, "config")}
-    saved = [(c, c._attn_implementation_internal) for c in configs.values() if hasattr(c, "_attn_implementation")]
-    for config, _ in saved:
-        config._attn_implementation_internal = NAME
+def routed(base: PreTrainedModel, to: list[tuple[Any, str | None]] | None = None) -> Iterator[None]:
+    """While open, the base's attention and its masks go through `prefix_attention` and `prefix_mask`, or back to
+    where `to`, an earlier `implementations`, says."""
+    saved = implementations(base)
+    for config, implementation in to if to is not None else [(c, NAME) for c, _ in saved]:
+        config._attn_implementation_internal = implementation
     try:
         yield
     finally:
@@ -93,8 +100,12 @@ def find_sites(base: PreTrainedModel) -> list[Site]:
     inputs = _probe_inputs(base)
     with _evaluating(base), torch.no_grad():
         expected = _first_output(base(**inputs))
-        with routed(base), listening(listener):
-            found = _first_output(base(**inputs))
+        try:
+            with routed(base), listening(listener):
+                found = _first_output(base(**inputs))
+        except Exception:  # its own code may trip over the mask; if it called nothing of ours, that is said below
+            if seen:
+                raise
     family = type(base).__name__
     if not seen:
         raise InputError(
@@ -191,9 +202,15 @@ def capture(base: PreTrainedModel, sites: list[Site], ids: Tensor) -> Capture:
     kv: dict[str, SiteKV] = {}
     hidden: dict[str, Tensor] = {}
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    shared: dict[str, str] = {}
+    owners: list[tuple[Tensor, str]] = []  # holds the tensors, so that no address is used twice
 
     def listener(module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
         if id(module) in names:  # not one of the layers that were left out
+            owner = next((name for found, name in owners if found.data_ptr() == key.data_ptr()), None)
+            if owner is not None:
+                shared[names[id(module)]] = owner
+            owners.append((key, names[id(module)]))
             kv[names[id(module)]] = SiteKV(key.detach().clone(), value.detach().clone())
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -212,7 +229,7 @@ def capture(base: PreTrainedModel, sites: list[Site], ids: Tensor) -> Capture:
         stack.enter_context(routed(base))
         stack.enter_context(listening(listener))
         base(**run_inputs(base, ids))
-    return Capture(KVPrefix({site.name: kv[site.name] for site in sites}), hidden, calls)
+    return Capture(KVPrefix({site.name: kv[site.name] for site in sites}), hidden, calls, shared)
 
 
 def _source(kwargs: dict[str, Any]) -> str | None:

@@ -109,7 +109,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     began = time.monotonic()
     _check(config)
     running = config.output / "training"
-    _prepare(config, running, resume)
+    _check_output(config, running, resume)
     data = _load(config)
     say(_describe_data(data))
     classifier = build(config, data)
@@ -124,6 +124,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     if cut:
         counts = ", ".join(f"{number} {name}" for name, number in cut.items())
         say(f"Texts cut to fit {config.max_length} tokens: {counts} rows.")
+    _claim(config, running)
     trainer = _trainer(config, classifier, splits["train"][0], splits["validation"][0])
     test = splits["test"][0]
     zero_shot = _zero_shot(trainer, classifier, test, running, say) if config.zero_shot else None
@@ -250,21 +251,24 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"{name} must be above 0, not {value}.")
 
 
-def _prepare(config: TrainConfig, running: Path, resume: bool) -> None:
-    """Make the run's folder, or check that the one to resume is there and is of the same run."""
-    saved = running / "run.json"
+def _check_output(config: TrainConfig, running: Path, resume: bool) -> None:
+    """Refuse an output in use, or with `resume` one that holds no unfinished run of the same settings."""
+    unfinished = unfinished_config(config.output)
     if resume:
-        if not saved.is_file():
+        if unfinished is None:
             raise InputError(f"there is no unfinished run in {config.output} to resume; leave out --resume.")
-        _check_same(TrainConfig.from_dict(json.loads(saved.read_text())), config)
-        return
-    if saved.is_file():
+        _check_same(unfinished, config)
+    elif unfinished is not None:
         raise InputError(f"{config.output} holds an unfinished run; go on with --resume, or use another output.")
-    if config.output.exists() and any(config.output.iterdir() if config.output.is_dir() else [config.output]):
+    elif config.output.exists() and any(config.output.iterdir() if config.output.is_dir() else [config.output]):
         raise InputError(f"{config.output} exists and is not empty; use another output, or remove it.")
+
+
+def _claim(config: TrainConfig, running: Path) -> None:
+    """Make the run's folder, now that nothing that was given can be wrong any more."""
     try:
         running.mkdir(parents=True, exist_ok=True)
-        _write_json(saved, config.to_dict())
+        _write_json(running / "run.json", config.to_dict())
     except OSError as error:
         raise RunError(f"{running} cannot be written: {error.strerror}.") from error
 

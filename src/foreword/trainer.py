@@ -218,8 +218,13 @@ class PrefixTrainer(Trainer):
             raise RunError(f"{at}; the state is saved; run again with --resume to go on")
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Trainer's, and saves each new best step, which otherwise is lost where it is not a saving step."""
+        """Trainer's, but of equal steps the later is the best, having seen more rows; each new best step is saved,
+        which otherwise is lost where it is not a saving step."""
+        before = self.state.best_metric
         best = super()._determine_best_metric(metrics, trial)
+        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if not best and before is not None and metrics.get(f"eval_{name}") == before:
+            self.state.best_global_step, best = self.state.global_step, True
         self.control.should_save |= best and self.args.save_strategy != "no"
         return best
 

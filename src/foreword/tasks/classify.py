@@ -167,6 +167,11 @@ class PrefixClassifier(nn.Module):
             self.word_ids = torch.tensor(tokens)
         self._encoder = Encoder(model, settings)
 
+    @classmethod
+    def for_labels(cls, model: PrefixModel, labels: Sequence[str], **settings: Any) -> PrefixClassifier:
+        """A classifier of `labels`; what is not given is derived from their names, as `make_settings` says."""
+        return cls(model, make_settings(model, labels, **settings))
+
     # ---- rows to inputs
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:

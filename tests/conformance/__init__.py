@@ -1,0 +1,1 @@
+"""The conformance suite: every form, on every model family, for every property."""

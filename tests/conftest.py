@@ -1,0 +1,86 @@
+"""What several test files need: a small Llama with a tokenizer of its own, saved as a folder, and rows to learn."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # two workers share two cores
+
+LABELS = ("animal", "tool")
+ROWS = [
+    ("the cat sleeps on the warm stone", "animal"),
+    ("a dog runs after the red ball", "animal"),
+    ("the horse eats grass in the field", "animal"),
+    ("a bird sings in the old tree", "animal"),
+    ("the hammer lies beside the nails", "tool"),
+    ("a saw cuts the long board", "tool"),
+    ("the drill makes a small hole", "tool"),
+    ("a wrench turns the rusty bolt", "tool"),
+]
+
+
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on `texts`, with `<s>` before every text, as Llama has it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<pad>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", mask_token="<mask>"
+    )
+
+
+def save_tiny(folder: Path, config: AutoConfig, auto: type = AutoModelForCausalLM) -> Path:
+    """A random model of `config` and the tokenizer, as a folder that `--model` takes."""
+    torch.manual_seed(0)
+    base = auto.from_config(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    base.save_pretrained(folder)
+    make_tokenizer([text for text, _ in ROWS] + [" animal tool Category: Text:"] * 20).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama", config)
+
+
+@pytest.fixture(scope="session")
+def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder of three splits; the label is told by the words of the text."""
+    folder = tmp_path_factory.mktemp("topics")
+    for split, times in (("train", 8), ("validation", 1), ("test", 1)):
+        rows = [{"text": f"{text} {i}", "label": label} for i in range(times) for text, label in ROWS]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    return folder

@@ -1,0 +1,132 @@
+"""Classification: label words against the whole vocabulary, every kind of base, templates, words from names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROWS, make_tokenizer, save_tiny
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    T5Config,
+)
+
+from foreword import InputError, PrefixClassifier, PrefixModel, load, load_base
+from foreword.tasks.classify import derive_label_words, make_settings
+
+TEXTS = [text for text, _ in ROWS]
+SMALL = {"vocab_size": 400, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BART = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+
+
+@pytest.fixture(scope="module")
+def bases(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64}
+    bart = BartConfig(**SMALL, d_model=32, decoder_start_token_id=1, **BART, **layers)
+    t5 = T5Config(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, pad_token_id=2)
+    t5.decoder_start_token_id = 2
+    return {
+        "llama": tiny_llama,
+        "bert": save_tiny(folder / "bert", BertConfig(**SMALL, **WIDTHS), AutoModelForMaskedLM),
+        "bart": save_tiny(folder / "bart", bart, AutoModelForSeq2SeqLM),
+        "t5": save_tiny(folder / "t5", t5, AutoModelForSeq2SeqLM),
+    }
+
+
+def classifier(path: Path, **settings: object) -> PrefixClassifier:
+    model = PrefixModel(*load_base(str(path)))
+    model.add("p", instruction="say animal or tool", length=5)
+    return PrefixClassifier.for_labels(model, ["animal", "tool"], max_length=32, **settings)
+
+
+def whole_vocabulary(made: PrefixClassifier) -> torch.Tensor:
+    """The same logits by the base's own forward over every position and word, one row at a time."""
+    rows = []
+    for ids in made.encode(TEXTS)[0]:
+        ids = torch.tensor([ids])
+        inputs = {"input_ids": ids}
+        position = -1
+        if made.model.kind == "encoder-decoder":
+            inputs["decoder_input_ids"] = torch.tensor([[made.model.config.decoder_start_token_id]])
+        if made.model.kind == "encoder":
+            position = ids[0].tolist().index(made.model.tokenizer.mask_token_id)
+        rows.append(made.model(**inputs).logits[0, position, made.word_ids])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "bart", "t5"])
+def test_label_word_logits_are_those_of_the_whole_vocabulary(bases: dict[str, Path], family: str) -> None:
+    made = classifier(bases[family])
+    batch = made.collate([{"input_ids": ids} for ids in made.encode(TEXTS)[0]])
+    assert len({len(ids) for ids in made.encode(TEXTS)[0]}) > 1  # the batch is padded
+    with torch.no_grad():
+        assert torch.allclose(made(**batch)["logits"], whole_vocabulary(made), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "bart", "t5"])
+def test_a_linear_head_trains_on_every_kind_of_base(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
+    made = classifier(bases[family], head="linear")
+    batch = made.collate([{"input_ids": ids, "labels": i % 2} for i, ids in enumerate(made.encode(TEXTS)[0])])
+    made(**batch)["loss"].backward()
+    trained = {name for name, p in made.named_parameters() if p.grad is not None}
+    assert trained == {name for name, p in made.named_parameters() if p.requires_grad}
+    assert {"head.weight", "head.bias"} < trained
+    made.save_pretrained(tmp_path / "p")
+    again = load(tmp_path / "p")
+    assert again.predict(TEXTS) == made.predict(TEXTS)
+
+
+def test_the_base_s_own_output_layer_is_back_after_a_call_and_after_an_error(bases: dict[str, Path]) -> None:
+    made = classifier(bases["bart"])
+    bias = made.model.base.final_logits_bias
+    made.predict(TEXTS)
+    with pytest.raises(IndexError):
+        made(torch.full((1, 3), 10**6), torch.ones(1, 3, dtype=torch.long))
+    assert made.model.base.final_logits_bias is bias
+    assert "forward" not in vars(made.model.base.get_output_embeddings())
+
+
+def test_predictions_keep_the_order_of_the_texts_whatever_the_batch(bases: dict[str, Path]) -> None:
+    made = classifier(bases["llama"])
+    one = [made.predict([text])[0] for text in TEXTS]
+    for size in (1, 3, 100):
+        for alone, together in zip(one, made.predict(TEXTS, batch_size=size), strict=True):
+            assert alone["label"] == together["label"] and abs(alone["score"] - together["score"]) < 1e-5
+    assert made.predict([]) == []
+
+
+def test_only_the_text_is_cut(bases: dict[str, Path]) -> None:
+    made = classifier(bases["llama"], template="Text: {text}\nCategory:")
+    ids, cut = made.encode(["word " * 100, "word"])
+    decoded = made.model.tokenizer.decode(ids[0])
+    assert cut == 1 and len(ids[0]) == 32
+    assert decoded.startswith("Text: word") and decoded.endswith("\nCategory:")
+
+
+def test_label_words_are_distinct_parts_of_the_names() -> None:
+    tokenizer = make_tokenizer([" science sport card payment transfer"] * 50)
+    assert derive_label_words(["science", "sport"], tokenizer) == ("science", "sport")
+    words = derive_label_words(["card payment", "card transfer"], tokenizer)
+    assert words in (("card payment", "transfer"), ("payment", "card transfer"))
+    assert derive_label_words(["card", "card"], tokenizer) is None
+
+
+def test_without_distinct_words_the_head_is_linear(bases: dict[str, Path]) -> None:
+    model = PrefixModel(*load_base(str(bases["llama"])))
+    assert make_settings(model, ["same", "same"]).label_words is None
+    with pytest.raises(InputError, match="no distinct label words"):
+        make_settings(model, ["same", "same"], head="words")
+    with pytest.raises(InputError, match="a linear head has no label words"):
+        make_settings(model, ["a", "b"], head="linear", label_words=["a", "b"])
+
+
+def test_an_encoder_s_label_words_need_a_mask(bases: dict[str, Path]) -> None:
+    model = PrefixModel(*load_base(str(bases["bert"])))
+    with pytest.raises(InputError, match=r"need .mask. once"):
+        make_settings(model, ["animal", "tool"], template="{text}")

@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fancyzhx/ag_news", help="hub id or folder with train, validation, test")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--max-length", type=int, default=48)
+    parser.add_argument("--max-length", type=int, default=40)
     parser.add_argument("--validation-rows", type=int, default=50)
     parser.add_argument("--test-rows", type=int, default=500)
     parser.add_argument("--only", default="", help="e.g. direct-instruction: only runs whose name holds this")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import files
-from .attention import ATTRIBUTE, Kernel, ReadPrefix
+from .attention import Kernel
 from .bases import load_base
 from .errors import InputError
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
-from .sites import find_sites, implementations, moves_positions, routed
+from .reading import Reader
+from .sites import find_sites, moves_positions
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 ACTIVE: Any = object()  # the default of `prefix=`: whichever prefix is active
@@ -49,12 +50,10 @@ class PrefixModel(nn.Module):
         self.sites = find_sites(base)
         self.can_move_positions = moves_positions(base)
         self.forms = _Bank()
-        self._reader: object = None  # the innermost open `reading`
-        self._outside = implementations(base)  # the base's own attention
+        self._reader = Reader(base, self.sites)
         self.configs: dict[str, PrefixConfig] = {}
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
-        self._installed: list[tuple[nn.Module, ReadPrefix | None]] = []
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._register_state_dict_hook(_without_base)
 
@@ -169,40 +168,22 @@ class PrefixModel(nn.Module):
         prefix = self.active if prefix is ACTIVE else prefix
         names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
         chosen = list(dict.fromkeys(name for name in names if name is not None))
-        outer, self._reader = self._reader, (reader := object())
-        try:
-            with ExitStack() as stack:
-                if outer is None:
-                    self._outside = implementations(self.base)
-                self._enter(stack, reader, names, chosen)
-                yield
-        finally:
-            self._reader = outer
-            self._installed = []
-
-    def _enter(self, stack: ExitStack, reader: object, names: list[str | None], chosen: list[str]) -> None:
         if not chosen:
-            stack.enter_context(self._restoring([(site.module, None) for site in self.sites], self._outside))
+            with self._reader.open(None):
+                yield
             return
         kv = self._mixed(names, chosen)
+        kinds = {(self.configs[n].positions, self.configs[n].window) for n in chosen}
+        if len(kinds) > 1:
+            raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
+        ((positions, window),) = kinds
         if self.base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
-        configs = {(self.configs[n].positions, self.configs[n].window) for n in chosen}
-        if len(configs) > 1:
-            raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
-        ((positions, window),) = configs
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._reader is not reader:  # an inner `reading` is open
-                return None
-            return self._install(kv, positions == "after", window == "slides", args, kwargs)
-
-        encoder = [self.base.get_encoder()] if self.base.config.is_encoder_decoder else []
-        for module in (self.base, *encoder):  # `generate` calls the encoder by itself
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.enter_context(self._restoring([]))
+        with self._reader.open(kv, after=positions == "after", slides=window == "slides", kernel=self.kernel):
+            yield
 
     def _mixed(self, names: list[str | None], chosen: list[str]) -> KVPrefix:
+        """One prefix for the batch: the only one named, or each row's own."""
         made = {name: self.kv(name) for name in chosen}
         if len(names) == 1:
             return made[chosen[0]]
@@ -213,65 +194,14 @@ class PrefixModel(nn.Module):
         order: list[str | None] = [*chosen, None] if None in names else [*chosen]
         return mix_rows([nothing if n is None else made[n] for n in order], [order.index(n) for n in names])
 
-    def _install(
-        self, kv: KVPrefix, after: bool, slides: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before each forward of the base: move its positions, and put on every site what it is to read."""
-        text = args[0] if args else kwargs.get("input_ids")
-        for other in ("inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"):
-            text = kwargs.get(other) if text is None else text
-        keep = kwargs.get("logits_to_keep")
-        if isinstance(keep, int) and keep and getattr(self.base.config.get_text_config(), "num_kv_shared_layers", 0):
-            # with a number Gemma drops queries between layers, which neither the causal flag nor `hidden` can follow
-            length = text.shape[1]
-            kwargs = {**kwargs, "logits_to_keep": torch.arange(max(0, length - keep), length, device=text.device)}
-        rows = text.shape[0]
-        if kv.rows not in (1, rows):
-            if rows % kv.rows:
-                raise InputError(f"the batch has {rows} rows, but prefixes were named for {kv.rows}.")
-            kv = _repeat(kv, rows // kv.rows)  # beams
-        if after:
-            offset = kv.length if kv.lengths is None else kv.lengths[:, None]
-            kwargs = {**kwargs, "position_ids": _positions(text, kwargs) + offset}
-        self._installed = [
-            (site.module, ReadPrefix(kv.sites[site.name], hidden, self.kernel))
-            for site in self.sites
-            if site.name in kv.sites
-            for hidden in [_hidden(kv, site.window if slides else None, kwargs.get("position_ids"))]
-        ]
-        for module, read in self._installed:
-            setattr(module, ATTRIBUTE, read)
-        return args, kwargs
-
-    @contextmanager
-    def _restoring(
-        self, installed: list[tuple[nn.Module, ReadPrefix | None]], to: list[tuple[Any, str | None]] | None = None
-    ) -> Iterator[None]:
-        """While open, attention is routed and the sites read `installed`; afterwards what they read before."""
-        before = [(site.module, getattr(site.module, ATTRIBUTE, None)) for site in self.sites]
-        for module, read in installed:
-            setattr(module, ATTRIBUTE, read)
-        try:
-            with routed(self.base, to):
-                yield
-        finally:
-            for module, read in before:
-                setattr(module, ATTRIBUTE, read)
-
     # ---- training
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Checkpoint the base's layers; the second run of a layer reads the same prefix as its first."""
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("gradient checkpointing of a prefix needs use_reentrant=False.")
-
-        def contexts() -> tuple[Any, Any]:
-            again = self._restoring(list(self._installed)) if self._installed else nullcontext()
-            return nullcontext(), again
-
-        self.base.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
-        )
+        kwargs = {"use_reentrant": False, "context_fn": self._reader.checkpoint_contexts}
+        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
@@ -382,36 +312,3 @@ def _without_base(module: nn.Module, state: dict[str, Tensor], prefix: str, meta
     """A state dict holds what was learned; the frozen base stays where it came from."""
     for key in [key for key in state if key.startswith(f"{prefix}base.")]:
         del state[key]
-
-
-def _repeat(kv: KVPrefix, times: int) -> KVPrefix:
-    sites = {
-        name: SiteKV(site.keys.repeat_interleave(times, 0), site.values.repeat_interleave(times, 0))
-        for name, site in kv.sites.items()
-    }
-    return KVPrefix(sites, None if kv.lengths is None else kv.lengths.repeat_interleave(times))
-
-
-def _positions(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Position ids `[B, n]` of the tokens at hand, counted from 0 at each row's first real token."""
-    given = kwargs.get("position_ids")
-    if given is not None:
-        return given
-    length, mask, cache = text.shape[1], kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if mask is not None and mask.dim() == 2:
-        first = mask.long().argmax(-1, keepdim=True)
-        return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)[:, -length:]
-    past = cache.get_seq_length() if cache is not None else 0
-    return torch.arange(length, device=text.device)[None] + past
-
-
-def _hidden(kv: KVPrefix, window: int | None, positions: Tensor | None) -> Tensor | None:
-    """The additive mask over the prefix, `[R, 1, n or 1, P]`: padding of shorter rows, and what slid out."""
-    visible = kv.visible
-    seen = None if visible is None else visible[:, None, None, :]
-    if window is not None and positions is not None:
-        near = positions[:, None, :, None] - torch.arange(kv.length, device=positions.device) < window
-        seen = near if seen is None else seen & near
-    if seen is None:
-        return None
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)

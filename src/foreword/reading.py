@@ -1,0 +1,160 @@
+"""Reading: for the calls in between, a base's attention is routed and its sites hold what they are to read.
+
+Knows keys and values, positions and windows; nothing of names, forms or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import ATTRIBUTE, Kernel, ReadPrefix
+from .errors import InputError
+from .kv import KVPrefix, SiteKV
+from .sites import Site, implementations, routed
+
+TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+Installed = list[tuple[nn.Module, ReadPrefix | None]]
+
+
+class Reader:
+    """What makes the calls of one base read a prefix."""
+
+    def __init__(self, base: PreTrainedModel, sites: list[Site]) -> None:
+        self._base, self._sites = base, sites
+        self._innermost: object = None  # the innermost of the nested `open`
+        self._outside = implementations(base)  # the base's own attention
+        self._installed: Installed = []
+
+    @contextmanager
+    def open(
+        self, kv: KVPrefix | None, *, after: bool = False, slides: bool = False, kernel: Kernel = "auto"
+    ) -> Iterator[None]:
+        """While open, every call of the base reads `kv`, or nothing where it is None, inside another `open` too.
+
+        after: text comes at positions P.., so position ids are moved; slides: sliding windows pass over the prefix.
+        """
+        outer, self._innermost = self._innermost, (this := object())
+        try:
+            with ExitStack() as stack:
+                if outer is None:
+                    self._outside = implementations(self._base)
+                if kv is None:
+                    off: Installed = [(site.module, None) for site in self._sites]
+                    stack.enter_context(self._holding(off, self._outside))
+                else:
+                    self._hook(stack, this, kv, after, slides, kernel)
+                    stack.enter_context(self._holding([]))
+                yield
+        finally:
+            self._innermost = outer
+            self._installed = []
+
+    def _hook(self, stack: ExitStack, this: object, kv: KVPrefix, after: bool, slides: bool, kernel: Kernel) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self._innermost is not this:
+                return None
+            return args, self._install(kv, after, slides, kernel, args, kwargs)
+
+        encoder = [self._base.get_encoder()] if self._base.config.is_encoder_decoder else []
+        for module in (self._base, *encoder):  # `generate` calls the encoder by itself
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+
+    def _install(
+        self, kv: KVPrefix, after: bool, slides: bool, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Before each forward of the base: put on every site what it is to read; returns the arguments to call with."""
+        text = _text(args, kwargs)
+        kv = _for_rows(kv, text.shape[0])
+        kwargs = self._without_dropped_queries(text, kwargs)
+        if after:
+            offset = kv.length if kv.lengths is None else kv.lengths[:, None]
+            kwargs = {**kwargs, "position_ids": _positions(text, kwargs) + offset}
+        self._installed = []
+        for site in self._sites:
+            if site.name in kv.sites:
+                hidden = _hidden(kv, site.window if slides else None, kwargs.get("position_ids"))
+                self._installed.append((site.module, ReadPrefix(kv.sites[site.name], hidden, kernel)))
+        for module, read in self._installed:
+            setattr(module, ATTRIBUTE, read)
+        return kwargs
+
+    def _without_dropped_queries(self, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Given `logits_to_keep` as a number, models with shared keys and values (Gemma 3n, 4) drop queries between
+        layers, which neither the causal flag nor `hidden` can follow; given as indices they do not."""
+        keep = kwargs.get("logits_to_keep")
+        if not (isinstance(keep, int) and keep) or not self._shares_kv:
+            return kwargs
+        length = text.shape[1]
+        return {**kwargs, "logits_to_keep": torch.arange(max(0, length - keep), length, device=text.device)}
+
+    @property
+    def _shares_kv(self) -> bool:
+        return bool(getattr(self._base.config.get_text_config(), "num_kv_shared_layers", 0))
+
+    @contextmanager
+    def _holding(self, installed: Installed, to: list[tuple[Any, str | None]] | None = None) -> Iterator[None]:
+        """While open, attention is routed and the sites read `installed`; afterwards what they read before."""
+        before = [(site.module, getattr(site.module, ATTRIBUTE, None)) for site in self._sites]
+        for module, read in installed:
+            setattr(module, ATTRIBUTE, read)
+        try:
+            with routed(self._base, to):
+                yield
+        finally:
+            for module, read in before:
+                setattr(module, ATTRIBUTE, read)
+
+    def checkpoint_contexts(self) -> tuple[Any, Any]:
+        """For torch's checkpoint: the second run of a layer, in the backward pass, reads what its first run read."""
+        return nullcontext(), self._holding(list(self._installed)) if self._installed else nullcontext()
+
+
+def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The ids or embeddings that a call of the base was given; the decoder's where its encoder has run already."""
+    given = (args[0] if args else None, *(kwargs.get(name) for name in TEXT_ARGUMENTS))
+    return next(text for text in given if text is not None)
+
+
+def _for_rows(kv: KVPrefix, rows: int) -> KVPrefix:
+    """`kv` for a batch of `rows`: each row's own prefix repeated where beams multiplied the rows."""
+    if kv.rows in (1, rows):
+        return kv
+    if rows % kv.rows:
+        raise InputError(f"the batch has {rows} rows, but prefixes were named for {kv.rows}.")
+    times = rows // kv.rows
+    sites = {
+        name: SiteKV(site.keys.repeat_interleave(times, 0), site.values.repeat_interleave(times, 0))
+        for name, site in kv.sites.items()
+    }
+    return KVPrefix(sites, None if kv.lengths is None else kv.lengths.repeat_interleave(times))
+
+
+def _positions(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Position ids `[B, n]` of the tokens at hand, counted from 0 at each row's first real token."""
+    given = kwargs.get("position_ids")
+    if given is not None:
+        return given
+    length, mask, cache = text.shape[1], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if mask is not None and mask.dim() == 2:
+        first = mask.long().argmax(-1, keepdim=True)
+        return (torch.arange(mask.shape[1], device=mask.device) - first).clamp(min=0)[:, -length:]
+    past = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(length, device=text.device)[None] + past
+
+
+def _hidden(kv: KVPrefix, window: int | None, positions: Tensor | None) -> Tensor | None:
+    """The additive mask over the prefix, `[R, 1, n or 1, P]`: padding of shorter rows, and what slid out."""
+    visible = kv.visible
+    seen = None if visible is None else visible[:, None, None, :]
+    if window is not None and positions is not None:
+        near = positions[:, None, :, None] - torch.arange(kv.length, device=positions.device) < window
+        seen = near if seen is None else seen & near
+    if seen is None:
+        return None
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -torch.inf)

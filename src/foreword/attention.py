@@ -142,7 +142,11 @@ def _unfold(x: Tensor, rows: int, heads: int, length: int) -> Tensor:
 
 
 class _SplitAttention(torch.autograd.Function):
-    """Two flash attentions merged by log-sum-exp; `mask` is additive, in the query's dtype, and gets no gradient."""
+    """Two flash attentions merged by log-sum-exp; `mask` is additive and gets no gradient.
+
+    Half precision is computed in float32: the CPU's flash backward is slower in bfloat16 than in float32 on short
+    rows, and where attention is sharp its rounding is several percent of the gradient.
+    """
 
     @staticmethod
     def forward(
@@ -156,43 +160,44 @@ class _SplitAttention(torch.autograd.Function):
         causal: bool,
         scale: float,
     ) -> Tensor:
-        rows, heads, length, _ = query.shape
-        shared = prefix_key.shape[0] == 1
-        part = _fold(query, key.shape[1]) if shared else query
-        out, lse = _flash(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        q, k, v, pk, pv = (_wide(x) for x in (query, key, value, prefix_key, prefix_value))
+        rows, heads, length, _ = q.shape
+        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         if mask is not None:  # the kernel reports 0, not -inf, for a query that may see no token
             lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
-        p_out, p_lse = _flash(part, prefix_key, prefix_value, 0.0, False, scale=scale)
+        shared = pk.shape[0] == 1
+        p_out, p_lse = _flash(_fold(q, k.shape[1]) if shared else q, pk, pv, 0.0, False, scale=scale)
         if shared:
             p_out, p_lse = (_unfold(x, rows, heads, length) for x in (p_out, p_lse))
         merged = torch.logaddexp(lse, p_lse)  # [B, H, n]
         token_share, prefix_share = (lse - merged).exp_(), (p_lse - merged).exp_()
-        out = (out * token_share.unsqueeze(-1)).add_(p_out * prefix_share.unsqueeze(-1)).to(query.dtype)
+        out = (out * token_share.unsqueeze(-1)).add_(p_out * prefix_share.unsqueeze(-1))
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, mask, out, merged)
         ctx.causal, ctx.scale = causal, scale
-        return out
+        return out.to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        query, key, value, prefix_key, prefix_value, mask, out, lse = ctx.saved_tensors
-        rows, heads, length, _ = query.shape
-        grad = grad.contiguous()
-        d_query, d_key, d_value = _flash_backward(
-            grad, query, key, value, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
-        )
-        part = (grad, query, out, lse)
-        shared = prefix_key.shape[0] == 1
+        *tensors, mask, out, lse = ctx.saved_tensors
+        q, k, v, pk, pv = (_wide(x) for x in tensors)
+        rows, heads, length, _ = q.shape
+        grad = _wide(grad).contiguous()
+        dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
+        part: tuple[Tensor, ...] = (grad, q, out, lse)
+        shared = pk.shape[0] == 1
         if shared:
-            p_grad, p_query, p_out, p_lse = (_fold(x.reshape(*x.shape[:3], -1), key.shape[1]) for x in part)
-            p_lse = p_lse.squeeze(-1)
-        else:
-            p_grad, p_query, p_out, p_lse = part
-        dp_query, dp_key, dp_value = _flash_backward(
-            p_grad, p_query, prefix_key, prefix_value, p_out, p_lse, 0.0, False, scale=ctx.scale
-        )
-        if shared:
-            dp_query = _unfold(dp_query, rows, heads, length)
-        return d_query + dp_query, d_key, d_value, dp_key, dp_value, None, None, None
+            part = tuple(_fold(x.reshape(*x.shape[:3], -1), k.shape[1]) for x in part)
+        p_grad, p_q, p_out, p_lse = part
+        p_lse = p_lse.reshape(p_q.shape[:3])
+        p_dq, dpk, dpv = _flash_backward(p_grad, p_q, pk, pv, p_out, p_lse, 0.0, False, scale=ctx.scale)
+        dq = dq + (_unfold(p_dq, rows, heads, length) if shared else p_dq)
+        grads = [g.to(x.dtype) for g, x in zip((dq, dk, dv, dpk, dpv), tensors, strict=True)]
+        return *grads, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def split_attention(
@@ -208,8 +213,8 @@ def split_attention(
     """The split form, for what `can_split` accepts. Returns `[B, H, n, d_v]` in the query's dtype."""
     if mask is not None:
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -torch.inf)
-        mask = mask.to(query.dtype).expand(-1, -1, query.shape[2], -1)
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+        mask = mask.to(torch.promote_types(query.dtype, torch.float32)).expand(-1, -1, query.shape[2], -1)
     kv = prefix.kv
     scale = scale if scale is not None else query.shape[-1] ** -0.5
     keys, values = kv.keys.to(key.dtype), kv.values.to(value.dtype)

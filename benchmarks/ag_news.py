@@ -35,6 +35,7 @@ def hardware() -> dict[str, object]:
 
 
 def commit() -> str:
+    """The commit that is checked out; asked when the run begins."""
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
@@ -42,6 +43,7 @@ def run(form: str, start: str, seed: int, arguments: argparse.Namespace) -> None
     path = RESULTS / f"{form}-{start}-{seed}.json"
     if path.exists():
         return
+    began_at = commit()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             output=Path(folder) / "prefix",
@@ -59,7 +61,7 @@ def run(form: str, start: str, seed: int, arguments: argparse.Namespace) -> None
         summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
     del summary["settings"]["data"]  # a path of the machine it ran on
     record = {"experiment": {"form": form, "start": start, "seed": seed}, **summary}
-    record |= {"commit": commit(), "hardware": hardware()}
+    record |= {"commit": began_at, "hardware": hardware()}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({"form": form, "start": start, "seed": seed, **summary["test"]}), flush=True)

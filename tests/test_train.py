@@ -141,7 +141,7 @@ def test_every_form_from_every_start_trains_saves_and_loads(
 
 
 def test_a_linear_head_learns_and_comes_back(tiny_llama: Path, topics: Path, tmp_path: Path) -> None:
-    settings = {"head": "linear", "epochs": 4, "head_learning_rate": 0.05, "zero_shot": True}
+    settings = {"head": "linear", "epochs": 12, "learning_rate": 0.01, "head_learning_rate": 0.01, "zero_shot": True}
     result = train(config(tiny_llama, topics, tmp_path / "p", **settings))
     assert result.zero_shot is None  # a head that was never trained says nothing
     assert result.test["accuracy"] >= 0.75

@@ -95,10 +95,10 @@ class Direct(Form):
         frozen = min(frozen, self.length - 1)
         self.keys, self.values = nn.ParameterList(), nn.ParameterList()
         for i, (keys, values) in enumerate(start.sites.values()):
-            self.register_buffer(f"sink_keys_{i}", keys[:, :, :frozen].float().clone())
-            self.register_buffer(f"sink_values_{i}", values[:, :, :frozen].float().clone())
-            self.keys.append(nn.Parameter(keys[:, :, frozen:].float().clone()))  # [1, H_kv, P - frozen, d_k]
-            self.values.append(nn.Parameter(values[:, :, frozen:].float().clone()))
+            self.register_buffer(f"sink_keys_{i}", _own(keys[:, :, :frozen]))
+            self.register_buffer(f"sink_values_{i}", _own(values[:, :, :frozen]))
+            self.keys.append(nn.Parameter(_own(keys[:, :, frozen:])))  # [1, H_kv, P - frozen, d_k]
+            self.values.append(nn.Parameter(_own(values[:, :, frozen:])))
 
     def forward(self) -> KVPrefix:
         sites = {}
@@ -139,8 +139,8 @@ class MLP(Form):
         self._frozen = min(frozen, self.length - 1)
         self._shapes = []
         for i, (keys, values) in enumerate(start.sites.values()):
-            self.register_buffer(f"start_keys_{i}", keys.float().clone())
-            self.register_buffer(f"start_values_{i}", values.float().clone())
+            self.register_buffer(f"start_keys_{i}", _own(keys))
+            self.register_buffer(f"start_values_{i}", _own(values))
             self._shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
         self.embedding = nn.Parameter(torch.randn(self.length - self._frozen, embedding_size))
         self.inner = nn.Linear(embedding_size, size)
@@ -166,13 +166,18 @@ class Finished(Form):
         super().__init__()
         self.names, self.length = list(kv.sites), kv.length
         for i, (keys, values) in enumerate(kv.sites.values()):
-            self.register_buffer(f"keys_{i}", keys)
-            self.register_buffer(f"values_{i}", values)
+            self.register_buffer(f"keys_{i}", keys.contiguous())
+            self.register_buffer(f"values_{i}", values.contiguous())
 
     def forward(self) -> KVPrefix:
         return KVPrefix(
             {n: SiteKV(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i, n in enumerate(self.names)}
         )
+
+
+def _own(x: Tensor) -> Tensor:
+    """A contiguous float32 copy: what checkpoints can hold."""
+    return x.detach().float().clone(memory_format=torch.contiguous_format)
 
 
 FORMS = ("direct", "projected", "mlp")

@@ -159,9 +159,9 @@ class PrefixClassifier(nn.Module):
             raise InputError(f"{type(model.base).__name__} has no output embeddings to classify with.")
         self.head: nn.Linear | None = None
         if settings.label_words is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                self.head = nn.Linear(output.weight.shape[1], len(settings.labels)).to(model.device)
+            self.head = nn.Linear(output.weight.shape[1], len(settings.labels)).to(model.device)
+            nn.init.zeros_(self.head.weight)  # every label alike at first, whatever the scale of the hidden states
+            nn.init.zeros_(self.head.bias)
         else:
             tokens = [_first_token(word, model.tokenizer) for word in settings.label_words]
             self.word_ids = torch.tensor(tokens)

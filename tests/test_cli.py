@@ -118,6 +118,7 @@ def test_the_same_seed_gives_the_same_prefix_and_another_seed_another(
         (["--length", 0], "the prefix length must be at least 1, not 0"),
         (["--length", 500], "a prefix of 500 tokens leaves no room in the model's 128 positions"),
         (["--instruction", " ".join(["word"] * 300)], "leaves no room in the model's 128 positions"),
+        (["--instruction", ""], "the instruction has no tokens; write at least one word"),
         (["--form", "magic"], "form 'magic' is unknown; choose one of direct, projected, mlp"),
         (["--start", "magic"], "start 'magic' is unknown"),
         (["--task", "magic"], "task 'magic' is unknown"),
@@ -221,6 +222,8 @@ def test_long_texts_are_cut_and_counted_and_the_template_is_not(
     arguments = train_arguments(tiny_llama, topics, tmp_path / "p")
     code, _, err = run(*arguments, "--max-length", 12, "--max-steps", 1)
     assert code == 0 and "Texts cut to fit 12 tokens: 64 train, 8 validation, 8 test rows." in err
+    code, _, err = run("predict", tmp_path / "p", "word " * 50, "word")
+    assert code == 0 and "1 of 2 texts were cut to fit 12 tokens." in err
 
 
 def test_a_full_disk_while_saving_is_one_sentence_and_the_run_can_be_resumed(

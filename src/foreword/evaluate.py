@@ -77,14 +77,14 @@ def evaluate(
     unknown = sorted({row.label for row in chosen} - set(labels))
     if unknown:
         raise InputError(f"{data} has labels that the prefix was not trained for: {', '.join(unknown[:5])}.")
-    predicted = [
-        labels.index(r["label"]) for r in classifier.predict([r.text for r in chosen], batch_size, progress=progress)
-    ]
+    results = classifier.predict([row.text for row in chosen], batch_size, progress=progress)
+    predicted = [labels.index(result["label"]) for result in results]
     truth = [labels.index(row.label) for row in chosen]
     return {
         "data": data,
         "split": split,
         "rows": len(chosen),
+        "cut": sum(result["cut"] for result in results),
         "metrics": classification_metrics(truth, predicted),
         "per_label": per_label(truth, predicted, labels),
         "confusion": confusion(truth, predicted, labels),

@@ -70,7 +70,7 @@ class PrefixConfig:
 
     @property
     def chosen_start(self) -> str:
-        return self.start or ("instruction" if self.instruction else "vocabulary")
+        return self.start or ("vocabulary" if self.instruction is None else "instruction")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

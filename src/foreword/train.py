@@ -29,7 +29,7 @@ from .model import PrefixModel
 from .tasks.classify import PrefixClassifier, default_instruction, make_settings
 from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
 
-LEARNING_RATES = {"direct": 1e-2, "projected": 1e-2, "mlp": 1e-3}
+LEARNING_RATES = {"direct": 1e-2, "projected": 1e-3, "mlp": 1e-3}
 NAME = "prefix"
 
 
@@ -216,7 +216,7 @@ def _rows(classifier: PrefixClassifier, rows: Sequence[Row], labels: Sequence[st
     encoded, cut = classifier.encode([row.text for row in rows])
     numbers = {label: i for i, label in enumerate(labels)}
     examples = [{"input_ids": ids, "labels": numbers[row.label]} for ids, row in zip(encoded, rows, strict=True)]
-    return Rows(examples, [len(ids) for ids in encoded]), cut
+    return Rows(examples, [len(ids) for ids in encoded]), sum(cut)
 
 
 def _zero_shot(

@@ -38,6 +38,7 @@ def command(
             batch_size=batch_size,
             progress=progress,
         )
+    show.cut(report["cut"], report["rows"], classifier.settings.max_length)
     if as_json:
         show.json(report)
     else:

@@ -32,6 +32,7 @@ def command(
     classifier = PrefixClassifier.from_pretrained(directory)
     with show.progress("predicting") as progress:
         results = classifier.predict(rows, batch_size, progress=progress)
+    show.cut(sum(result["cut"] for result in results), len(results), classifier.settings.max_length)
     results = [{"text": text, **result} for text, result in zip(rows, results, strict=True)]
     if output is not None:
         show.write_lines(output, results)

@@ -93,6 +93,12 @@ def _per_label(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
 
 
+def cut(number: int, rows: int, max_length: int) -> None:
+    """How many texts were too long to be read whole."""
+    if number:
+        news(f"{number} of {rows} texts were cut to fit {max_length} tokens.")
+
+
 def evaluated(report: dict[str, Any]) -> None:
     console = Console()
     title = f"{report['rows']} rows of {report['data']}"

@@ -174,8 +174,8 @@ class PrefixClassifier(nn.Module):
 
     # ---- rows to inputs
 
-    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-        """Token ids per text, template included, and how many texts were cut to fit."""
+    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+        """Token ids per text, template included, and which texts were cut to fit."""
         return self._encoder(texts)
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
@@ -252,14 +252,15 @@ class PrefixClassifier(nn.Module):
     def predict(
         self, texts: Sequence[str], batch_size: int = 32, prefix: Any = ACTIVE, progress: Any = None
     ) -> list[dict[str, Any]]:
-        """`{"label", "score", "scores"}` per text, in order; `score` is the label's probability.
+        """`{"label", "score", "scores", "cut"}` per text, in order; `score` is the label's probability, and `cut` says
+        that the text was too long to be read whole.
 
         Raises InputError for an empty text. `progress(done, total)` is called after every batch.
         """
         for i, text in enumerate(texts):
             if not text.strip():
                 raise InputError(f"text {i + 1} is empty; there is nothing to classify.")
-        encoded, _ = self.encode(texts)
+        encoded, cut = self.encode(texts)
         order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
         results: list[dict[str, Any]] = [{} for _ in texts]
         self.eval()
@@ -271,7 +272,12 @@ class PrefixClassifier(nn.Module):
             for i, scores in zip(chunk, self(**batch, prefix=prefix)["logits"].softmax(-1).tolist(), strict=True):
                 best = max(range(len(scores)), key=scores.__getitem__)
                 named = dict(zip(self.settings.labels, scores, strict=True))
-                results[i] = {"label": self.settings.labels[best], "score": scores[best], "scores": named}
+                results[i] = {
+                    "label": self.settings.labels[best],
+                    "score": scores[best],
+                    "scores": named,
+                    "cut": cut[i],
+                }
             if progress:
                 progress(min(at + batch_size, len(order)), len(order))
         return results
@@ -321,9 +327,9 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
-    def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+    def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-        cut = sum(len(ids) > self.room for ids in encoded)
+        cut = [len(ids) > self.room for ids in encoded]
         return [self.before + ids[: self.room] + self.after for ids in encoded], cut
 
 

@@ -162,6 +162,12 @@ def test_gradient_accumulation_and_checkpointing_end_where_the_plain_run_ends(
     assert all(a[name].shape == b[name].shape for name in a)
 
 
+def test_a_bfloat16_base_trains_a_float32_prefix(tiny_llama: Path, topics: Path, tmp_path: Path) -> None:
+    result = train(config(tiny_llama, topics, tmp_path / "p", dtype="bfloat16", epochs=1))
+    assert all(tensor.dtype == torch.float32 for tensor in tensors(tmp_path / "p").values())
+    assert result.summary["losses"][-1][1] == result.summary["losses"][-1][1]  # a number
+
+
 def test_early_stopping_keeps_the_best_step(tiny_llama: Path, topics: Path, tmp_path: Path) -> None:
     result = train(config(tiny_llama, topics, tmp_path / "p", epochs=20, save_steps=2, patience=2))
     assert result.summary["steps"] < 160

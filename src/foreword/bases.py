@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from . import defaults
 from .arguments import machine_has_fast_bf16
@@ -39,11 +40,16 @@ def load_base(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     except (OSError, ValueError) as error:
         raise InputError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
     auto = _auto_class(config, model)
+    if model == defaults.MODEL:  # half a second: a bar would only be noise
+        transformers_logging.disable_progress_bar()
     try:
         base = auto.from_pretrained(source, dtype=dtype or default_dtype())
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
+    finally:
+        if model == defaults.MODEL:
+            transformers_logging.enable_progress_bar()
     base.config._name_or_path = model
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

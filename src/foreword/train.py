@@ -29,7 +29,7 @@ from .model import PrefixModel
 from .tasks.classify import PrefixClassifier, default_instruction, make_settings
 from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
 
-LEARNING_RATES = {"direct": 1e-2, "projected": 1e-3, "mlp": 1e-3}
+LEARNING_RATES = {"direct": 1e-2, "projected": 1e-3, "mlp": 3e-4}
 NAME = "prefix"
 
 
@@ -113,48 +113,50 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     data = _load(config)
     say(_describe_data(data))
     classifier = build(config, data)
-    model = classifier.model
-    share = model.count() / sum(p.numel() for p in model.base.parameters())
-    say(
-        f"Prefix: {model.forms[NAME].length} tokens, form {config.prefix.form}, {model.count():,} trained parameters "
-        f"({share:.2%} of {model.base_id}'s)."
-    )
+    say(_describe_prefix(classifier.model, config.prefix.form))
     splits = {name: _rows(classifier, getattr(data, name), data.labels) for name in ("train", "validation", "test")}
     cut = {name: number for name, (_, number) in splits.items() if number}
     if cut:
         counts = ", ".join(f"{number} {name}" for name, number in cut.items())
         say(f"Texts cut to fit {config.max_length} tokens: {counts} rows.")
     _claim(config, running)
-    trainer = _trainer(config, classifier, splits["train"][0], splits["validation"][0])
-    test = splits["test"][0]
+    rows, validation, test = (splits[name][0] for name in ("train", "validation", "test"))
+    trainer = _trainer(config, classifier, rows, validation)
     zero_shot = _zero_shot(trainer, classifier, test, running, say) if config.zero_shot else None
-    trained = time.monotonic()
-    trainer.train(resume_from_checkpoint=_last(running) if resume else None)
-    trained = time.monotonic() - trained
+    output = trainer.train(resume_from_checkpoint=_last(running) if resume else None)
     say(f"Testing on {len(test)} rows.")
-    prediction = trainer.predict(test)
-    figures = compute_metrics(prediction)
-    predicted = np.argmax(prediction.predictions, axis=-1).tolist()
-    truth = [row["labels"] for row in test.rows]
     summary = {
-        "test": figures,
+        **_figures(trainer, test, data.labels),
         "zero_shot": zero_shot,
         "validation": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
-        "parameters": model.count(),
+        "parameters": classifier.model.count(),
         "learning_rate": trainer.args.learning_rate,
-        "rows": {name: len(rows) for name, (rows, _) in splits.items()},
+        "rows": {name: len(split) for name, (split, _) in splits.items()},
         "cut": cut,
-        "per_label": per_label(truth, predicted, data.labels),
-        "confusion": confusion(truth, predicted, data.labels),
-        "seconds": {"training": round(trained, 1), "total": round(time.monotonic() - began, 1)},
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "settings": {k: v for k, v in config.to_dict().items() if k != "output"},
+        "seconds": {
+            "training": round(output.metrics["train_runtime"], 1),
+            "total": round(time.monotonic() - began, 1),
+        },
+        "settings": {key: value for key, value in config.to_dict().items() if key != "output"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     classifier.save_pretrained(config.output, training=summary)
-    return TrainResult(config.output, figures, zero_shot, summary)
+    return TrainResult(config.output, summary["test"], zero_shot, summary)
+
+
+def _figures(trainer: PrefixTrainer, test: Rows, labels: Sequence[str]) -> dict[str, Any]:
+    """Metrics, figures per label and confusion on the test rows."""
+    prediction = trainer.predict(test)
+    predicted = np.argmax(prediction.predictions, axis=-1).tolist()
+    truth = [row["labels"] for row in test.rows]
+    return {
+        "test": compute_metrics(prediction),
+        "per_label": per_label(truth, predicted, labels),
+        "confusion": confusion(truth, predicted, labels),
+    }
 
 
 def build(config: TrainConfig, data: ClassificationData) -> PrefixClassifier:
@@ -315,4 +317,12 @@ def _describe_data(data: ClassificationData) -> str:
     return (
         f"Data: {data.name}, {len(data.train)} rows to train on, {len(data.validation)} to validate, {len(data.test)} "
         f"to test; {len(data.labels)} labels."
+    )
+
+
+def _describe_prefix(model: PrefixModel, form: str) -> str:
+    share = model.count() / sum(p.numel() for p in model.base.parameters())
+    return (
+        f"Prefix: {model.form(NAME).length} tokens, form {form}, {model.count():,} trained parameters "
+        f"({share:.2%} of {model.base_id}'s)."
     )

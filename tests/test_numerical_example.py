@@ -152,6 +152,8 @@ def test_the_projected_form_in_a_real_attention_module_gives_the_same_numbers(ke
     base = one_layer_llama()
     model = PrefixModel(base, kernel=kernel)
     form = model.add("hand", form="projected", length=2).double()
+    form.start_0.zero_()  # P^l is then the parameter itself
+    form.deviation_0.fill_(1.0)
     form.hidden[0].data = torch.tensor(P)
     site = form().sites[model.sites[0].name]
     np.testing.assert_allclose(site.keys.detach()[0, 0].numpy(), P @ W_K, atol=1e-12, rtol=0)

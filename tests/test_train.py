@@ -169,7 +169,7 @@ def test_a_bfloat16_base_trains_a_float32_prefix(tiny_llama: Path, topics: Path,
 
 
 def test_early_stopping_keeps_the_best_step(tiny_llama: Path, topics: Path, tmp_path: Path) -> None:
-    result = train(config(tiny_llama, topics, tmp_path / "p", epochs=20, save_steps=2, patience=2))
+    result = train(config(tiny_llama, topics, tmp_path / "p", epochs=20, save_steps=2, patience=2, learning_rate=0.5))
     assert result.summary["steps"] < 160
     assert result.summary["best_step"] <= result.summary["steps"]
 

@@ -3,13 +3,17 @@
 The start is text that the base has read (an instruction, or tokens drawn from the vocabulary) or noise of the same
 mean and deviation. What a form makes is a `KVPrefix`; it knows nothing of tasks or of how a prefix is read.
 
-    direct     K_p, V_p = parameters                            Σ_sites H_kv (d_k + d_v) (P - frozen)
-    projected  K_p = P^l W_K, V_p = P^l W_V                     sites x P x d
-    mlp        [K_p; V_p] = start + W_2 tanh(W_1 E + b_1) + b_2   Li & Liang 2021 (arXiv:2101.00190), section 4.3
+    form       keys and values of a site                            trained parameters
+    direct     K_p, V_p = start + parameters                        Σ_sites H_kv (d_k + d_v) (P - frozen)
+    projected  K_p = P^l W_K, V_p = P^l W_V                         sites x P x d
+    mlp        K_p, V_p = start + W_2 tanh(W_1 E + b_1) + b_2       Li & Liang 2021 (arXiv:2101.00190), section 4.3
+
+All changes are measured in the deviation of what they change, site by site, so that one learning rate fits all layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -86,63 +90,58 @@ class Form(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 
-class Direct(Form):
-    """Keys and values are the parameters themselves; the first `frozen` tokens stay as they start."""
+class _Started(Form):
+    """A form whose keys and values are start + deviation * change; the first `frozen` tokens do not change.
+
+    The deviation is that of the site's own start, a number for keys and one for values: in SmolLM2 the first layer's
+    values are thirty times smaller than the last's, and one learning rate has to fit them all.
+    """
 
     def __init__(self, start: KVPrefix, frozen: int) -> None:
         super().__init__()
         self.names, self.length = list(start.sites), start.length
-        frozen = min(frozen, self.length - 1)
-        self.keys, self.values = nn.ParameterList(), nn.ParameterList()
-        for i, (keys, values) in enumerate(start.sites.values()):
-            self.register_buffer(f"sink_keys_{i}", _own(keys[:, :, :frozen]))
-            self.register_buffer(f"sink_values_{i}", _own(values[:, :, :frozen]))
-            self.keys.append(nn.Parameter(_own(keys[:, :, frozen:])))  # [1, H_kv, P - frozen, d_k]
-            self.values.append(nn.Parameter(_own(values[:, :, frozen:])))
+        self.frozen = min(frozen, self.length - 1)
+        for i, kv in enumerate(start.sites.values()):
+            for part, tensor in zip(("keys", "values"), kv, strict=True):
+                own = tensor.detach().float().clone(memory_format=torch.contiguous_format)
+                self.register_buffer(f"start_{part}_{i}", own)  # [1, H_kv, P, d]
+                self.register_buffer(
+                    f"deviation_{part}_{i}", own[:, :, self.frozen :].std(correction=0).clamp(min=1e-6)
+                )
 
-    def forward(self) -> KVPrefix:
+    def _changed(self, changes: Sequence[tuple[Tensor, Tensor]]) -> KVPrefix:
+        """The prefix for each site's changes `[1, H_kv, P - frozen, d]` of keys and of values."""
         sites = {}
-        for i, name in enumerate(self.names):
-            keys = torch.cat([getattr(self, f"sink_keys_{i}"), self.keys[i]], dim=2)
-            values = torch.cat([getattr(self, f"sink_values_{i}"), self.values[i]], dim=2)
+        for i, (name, change) in enumerate(zip(self.names, changes, strict=True)):
+            keys, values = (
+                getattr(self, f"start_{part}_{i}")
+                + getattr(self, f"deviation_{part}_{i}") * nn.functional.pad(moved, (0, 0, self.frozen, 0))
+                for part, moved in zip(("keys", "values"), change, strict=True)
+            )
             sites[name] = SiteKV(keys, values)
         return KVPrefix(sites)
 
 
-class Projected(Form):
-    """Hidden states P^l `[P, d]` per site, put through the site's own frozen projections."""
+class Direct(_Started):
+    """The changes of keys and values are the parameters themselves."""
 
-    def __init__(self, base: PreTrainedModel, sites: list[Site], start: Capture) -> None:
-        super().__init__()
-        self.length = start.kv.length
-        own = [s for s in sites if s.name not in start.shared]
-        self.hidden = nn.ParameterList(nn.Parameter(start.hidden[s.name][0].float().clone()) for s in own)
-        self._sites, self._own, self._calls, self._shared = sites, own, start.calls, start.shared
-        self._base = [base]  # in a list, so that it does not become a submodule
+    def __init__(self, start: KVPrefix, frozen: int) -> None:
+        super().__init__(start, frozen)
+        kvs = [SiteKV(*(x[:, :, self.frozen :] for x in kv)) for kv in start.sites.values()]
+        self.keys = nn.ParameterList(nn.Parameter(torch.zeros(kv.keys.shape)) for kv in kvs)
+        self.values = nn.ParameterList(nn.Parameter(torch.zeros(kv.values.shape)) for kv in kvs)
 
     def forward(self) -> KVPrefix:
-        base = self._base[0]
-        sites = {}
-        with routed(base):
-            for site, hidden in zip(self._own, self.hidden, strict=True):
-                call = tree_map(lambda x: x.to(base.device) if isinstance(x, Tensor) else x, self._calls[site.name])
-                sites[site.name] = project(site, call, hidden[None].to(base.dtype))
-        return KVPrefix({s.name: sites[self._shared.get(s.name, s.name)] for s in self._sites})
+        return self._changed(list(zip(self.keys, self.values, strict=True)))
 
 
-class MLP(Form):
-    """A two-layer network over an embedding, added to the start; run once per step, whatever the batch."""
+class MLP(_Started):
+    """The changes come from a two-layer network over an embedding, run once per step, whatever the batch."""
 
     def __init__(self, start: KVPrefix, frozen: int, embedding_size: int, size: int) -> None:
-        super().__init__()
-        self.names, self.length = list(start.sites), start.length
-        self._frozen = min(frozen, self.length - 1)
-        self._shapes = []
-        for i, (keys, values) in enumerate(start.sites.values()):
-            self.register_buffer(f"start_keys_{i}", _own(keys))
-            self.register_buffer(f"start_values_{i}", _own(values))
-            self._shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-        self.embedding = nn.Parameter(torch.randn(self.length - self._frozen, embedding_size))
+        super().__init__(start, frozen)
+        self._shapes = [(kv.keys.shape[1], kv.keys.shape[3], kv.values.shape[3]) for kv in start.sites.values()]
+        self.embedding = nn.Parameter(torch.randn(self.length - self.frozen, embedding_size))
         self.inner = nn.Linear(embedding_size, size)
         self.outer = nn.Linear(size, sum(heads * (dk + dv) for heads, dk, dv in self._shapes))
         nn.init.zeros_(self.outer.weight)
@@ -150,13 +149,41 @@ class MLP(Form):
 
     def forward(self) -> KVPrefix:
         change = self.outer(torch.tanh(self.inner(self.embedding)))  # [P - frozen, Σ H_kv (d_k + d_v)]
-        change = nn.functional.pad(change, (0, 0, self._frozen, 0))
         parts = change.split([heads * size for heads, *sizes in self._shapes for size in sizes], dim=1)
+        shaped = [
+            part.view(1, len(part), heads, -1).transpose(1, 2)
+            for part, heads in zip(parts, (heads for heads, *_ in self._shapes for _ in "kv"), strict=True)
+        ]
+        return self._changed(list(zip(shaped[::2], shaped[1::2], strict=True)))
+
+
+class Projected(Form):
+    """Hidden states P^l `[P, d]` per site, put through the site's own frozen projections.
+
+    Like the others start + deviation * change, the deviation being that of the site's own start.
+    """
+
+    def __init__(self, base: PreTrainedModel, sites: list[Site], start: Capture) -> None:
+        super().__init__()
+        self.length = start.kv.length
+        own = [s for s in sites if s.name not in start.shared]
+        self._sites, self._own, self._calls, self._shared = sites, own, start.calls, start.shared
+        self._base = [base]  # in a list, so that it does not become a submodule
+        for i, site in enumerate(own):
+            hidden = start.hidden[site.name].detach().float().clone()  # [1, P, d]
+            self.register_buffer(f"start_{i}", hidden)
+            self.register_buffer(f"deviation_{i}", hidden.std(correction=0).clamp(min=1e-6))
+        self.hidden = nn.ParameterList(nn.Parameter(torch.zeros(start.hidden[s.name].shape[1:])) for s in own)
+
+    def forward(self) -> KVPrefix:
+        base = self._base[0]
         sites = {}
-        for i, (name, (heads, _, _)) in enumerate(zip(self.names, self._shapes, strict=True)):
-            keys, values = (p.view(1, self.length, heads, -1).transpose(1, 2) for p in parts[2 * i : 2 * i + 2])
-            sites[name] = SiteKV(getattr(self, f"start_keys_{i}") + keys, getattr(self, f"start_values_{i}") + values)
-        return KVPrefix(sites)
+        with routed(base):
+            for i, (site, change) in enumerate(zip(self._own, self.hidden, strict=True)):
+                call = tree_map(lambda x: x.to(base.device) if isinstance(x, Tensor) else x, self._calls[site.name])
+                hidden = getattr(self, f"start_{i}") + getattr(self, f"deviation_{i}") * change
+                sites[site.name] = project(site, call, hidden.to(base.dtype))
+        return KVPrefix({s.name: sites[self._shared.get(s.name, s.name)] for s in self._sites})
 
 
 class Finished(Form):
@@ -173,11 +200,6 @@ class Finished(Form):
         return KVPrefix(
             {n: SiteKV(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}")) for i, n in enumerate(self.names)}
         )
-
-
-def _own(x: Tensor) -> Tensor:
-    """A contiguous float32 copy: what checkpoints can hold."""
-    return x.detach().float().clone(memory_format=torch.contiguous_format)
 
 
 FORMS = ("direct", "projected", "mlp")

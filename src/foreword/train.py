@@ -29,7 +29,7 @@ from .model import PrefixModel
 from .tasks.classify import PrefixClassifier, default_instruction, make_settings
 from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
 
-LEARNING_RATES = {"direct": 1e-2, "projected": 1e-3, "mlp": 3e-4}
+LEARNING_RATES = {"direct": 1e-2, "projected": 5e-3, "mlp": 3e-4}
 NAME = "prefix"
 
 
@@ -199,7 +199,7 @@ def _trainer(config: TrainConfig, classifier: PrefixClassifier, rows: Rows, vali
         gradient_checkpointing=config.gradient_checkpointing,
         schedule=config.schedule,
         report_to=config.report_to,
-        metric="accuracy",
+        metric="loss",
     )
     return PrefixTrainer(
         classifier,

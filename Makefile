@@ -1,7 +1,7 @@
 # From nothing: Python 3.11 or newer and the package registry.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --train-rows 600 --validation-rows 60 --batch-size 8 --max-length 64 --save-steps 25
+DEMO := --train-rows 1000 --validation-rows 100 --batch-size 8 --max-length 48 --save-steps 42
 READY := .venv/.ready
 
 .PHONY: demo test test-slow bench lint clean

@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 def train_arguments(model: Path, data: Path, output: Path) -> list[object]:
     where = ["train", "--model", model, "--data", data, "--output", output]
-    return [*where, "--epochs", 3, "--batch-size", 8, "--max-length", 48, "--learning-rate", 0.05]
+    return [*where, "--epochs", 6, "--batch-size", 8, "--max-length", 48, "--learning-rate", 0.3]
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,15 @@
 # From nothing: Python 3.11 or newer and the package registry.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --train-rows 1000 --validation-rows 100 --batch-size 8 --max-length 48 --save-steps 42
+DEMO := --train-rows 700 --validation-rows 100 --batch-size 8 --max-length 72 --save-steps 44
 READY := .venv/.ready
 
 .PHONY: demo test test-slow bench lint clean
 
 demo: $(READY)
 	rm -rf runs/demo
-	$(BIN)/foreword train --output runs/demo $(DEMO)
+	$(BIN)/foreword train --output runs/demo $(DEMO) \
+		--instruction "$$(cat examples/bbc_news_instruction.txt)"
 	$(BIN)/foreword inspect runs/demo
 	$(BIN)/foreword predict runs/demo "The midfielder signed a three-year contract after scoring twice in the derby."
 

@@ -1,10 +1,14 @@
-"""What several test files need: a small Llama with a tokenizer of its own, saved as a folder, and rows to learn."""
+"""What several test files need: a small Llama with a tokenizer of its own, saved as a folder, and rows to learn.
+
+Every run ends with the table of the largest differences between split and reference attention."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,3 +88,22 @@ def topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what the tests recorded as ("difference", (family, measure, value)), the largest of each."""
+    table: dict[str, dict[str, float]] = defaultdict(dict)
+    for status in ("passed", "failed"):
+        for report in terminalreporter.stats.get(status, []):
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "difference":
+                    family, measure, size = value
+                    table[family][measure] = max(size, table[family].get(measure, 0.0))
+    if not table:
+        return
+    measures = sorted({measure for row in table.values() for measure in row})
+    terminalreporter.section("largest differences from the reference attention, relative")
+    terminalreporter.write_line(" ".join([f"{'family':12}", *(f"{m:>18}" for m in measures)]))
+    for family, row in table.items():
+        cells = (f"{row[m]:18.1e}" if m in row else f"{'-':>18}" for m in measures)
+        terminalreporter.write_line(" ".join([f"{family:12}", *cells]))

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from foreword import InputError, PrefixClassifier, PrefixModel, load, load_base
-from foreword.tasks.classify import derive_label_words, make_settings
+from foreword.tasks.template import derive_label_words, make_settings
 
 TEXTS = [text for text, _ in ROWS]
 SMALL = {"vocab_size": 400, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}

@@ -26,7 +26,8 @@ from .errors import InputError, RunError
 from .evaluate import compute_metrics, confusion, per_label
 from .forms import PrefixConfig
 from .model import PrefixModel
-from .tasks.classify import PrefixClassifier, default_instruction, make_settings
+from .tasks.classify import PrefixClassifier
+from .tasks.template import default_instruction, make_settings
 from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
 
 LEARNING_RATES = {"direct": 1e-2, "projected": 5e-3, "mlp": 3e-4}

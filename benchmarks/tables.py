@@ -1,4 +1,4 @@
-"""The tables of README and docs, made from benchmarks/results: prints them and writes results/ag_news.md."""
+"""The README's tables, made from benchmarks/results and put between its markers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 
 RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- ag_news -->", "<!-- end of ag_news -->"
 
 
 def ag_news() -> str:
@@ -35,7 +36,9 @@ def ag_news() -> str:
 
 def main() -> None:
     table = ag_news()
-    (RESULTS / "ag_news.md").write_text(table)
+    readme = Path(__file__).parent.parent / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     print(table)
 
 

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --train-rows 700 --validation-rows 100 --batch-size 8 --max-length 72 --save-steps 44
+AG_NEWS ?= fancyzhx/ag_news
 READY := .venv/.ready
 
 .PHONY: demo test test-slow bench lint clean
@@ -21,7 +22,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow -s
 
 bench: $(READY)
-	$(BIN)/python benchmarks/ag_news.py --data ../shared/data/ag_news
+	$(BIN)/python benchmarks/ag_news.py --data $(AG_NEWS)
 	$(BIN)/python benchmarks/tables.py
 
 lint: $(READY)

@@ -20,7 +20,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from foreword import checkpoints
-from foreword.arguments import machine_has_fast_bf16, training_arguments
+from foreword.arguments import training_arguments
+from foreword.bases import machine_has_fast_bf16
 from foreword.batching import BucketSampler, Rows
 from foreword.checkpoints import last_checkpoint
 from foreword.errors import InputError, RunError

@@ -43,11 +43,11 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)
 
 
-def load(directory: Any, **kwargs: Any) -> Any:
+def load(directory: Any) -> Any:
     """A saved prefix on its base: a PrefixClassifier where it was trained to classify, else a PrefixModel."""
     from .files import read_header
     from .model import PrefixModel
     from .tasks.classify import PrefixClassifier
 
     task = read_header(directory).get("task")
-    return PrefixClassifier.from_pretrained(directory, **kwargs) if task else PrefixModel.from_pretrained(directory)
+    return (PrefixClassifier if task else PrefixModel).from_pretrained(directory)

@@ -1,4 +1,4 @@
-"""The settings of a training run in transformers' words, and what this machine is fast at."""
+"""The settings of a training run in transformers' words."""
 
 from pathlib import Path
 
@@ -8,14 +8,6 @@ from transformers import TrainingArguments
 from foreword.errors import InputError
 
 LOWER_IS_BETTER = ("loss", "error", "mse", "rmse", "mae", "perplexity")
-
-
-def machine_has_fast_bf16() -> bool:
-    """Whether bfloat16 runs in hardware here; where a CPU emulates it, it is far slower than float32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(bool(getattr(torch.cpu, check)()) for check in checks if hasattr(torch.cpu, check))
 
 
 def training_arguments(

@@ -20,7 +20,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from . import defaults
-from .arguments import machine_has_fast_bf16
 from .errors import InputError
 
 
@@ -69,6 +68,14 @@ def _auto_class(config: Any, model: str) -> Any:
 def default_dtype() -> torch.dtype:
     """bfloat16 on machines with matrix units for it; elsewhere it is emulated, many times slower than float32."""
     return torch.bfloat16 if machine_has_fast_bf16() else torch.float32
+
+
+def machine_has_fast_bf16() -> bool:
+    """Whether bfloat16 runs in hardware here; where a CPU emulates it, it is far slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(bool(getattr(torch.cpu, check)()) for check in checks if hasattr(torch.cpu, check))
 
 
 def _first_line(error: Exception) -> str:

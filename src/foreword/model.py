@@ -80,7 +80,7 @@ class PrefixModel(nn.Module):
         Raises InputError when the directory is damaged or the prefix belongs to another base.
         """
         header, tensors = files.read(directory)
-        name = name or re.sub(r"[^A-Za-z0-9_-]", "-", Path(directory).resolve().name).strip("-_") or "prefix"
+        name = name or re.sub(r"[^A-Za-z0-9_-]", "-", Path(directory).resolve().name)[:64].strip("-_") or "prefix"
         self._check_new(name)
         own = files.fingerprint(self.base)
         if header["base"]["fingerprint"] != own:
@@ -201,11 +201,11 @@ class PrefixModel(nn.Module):
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise InputError("gradient checkpointing of a prefix needs use_reentrant=False.")
         kwargs = {"use_reentrant": False, "context_fn": self._reader.checkpoint_contexts}
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep activations again."""
-        self.base.gradient_checkpointing_disable()
+        self.base.activation_checkpointing_disable()
 
     # ---- files
 

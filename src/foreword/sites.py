@@ -22,10 +22,8 @@ from .errors import InputError
 from .kv import KVPrefix, SiteKV
 
 Kind = Literal["decoder", "encoder", "cross"]
-SOURCES = (
-    "key_value_states",
-    "encoder_hidden_states",
-)  # what cross-attention modules call their keys' source
+# What cross-attention modules call the source of their keys.
+SOURCES = ("key_value_states", "encoder_hidden_states")
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from foreword import checkpoints
-from foreword.arguments import machine_has_fast_bf16, training_arguments
+from foreword.arguments import training_arguments
 from foreword.batching import BucketSampler, Rows, longest_first, reordered, reordered_prediction
 from foreword.checkpoints import folder_of, is_complete, last_checkpoint
 from foreword.errors import InputError, RunError
 from foreword.interrupt import Interrupt
 from foreword.progress import ProgressReport
 
-__all__ = ["PrefixTrainer", "Rows", "last_checkpoint", "machine_has_fast_bf16", "training_arguments"]
+__all__ = ["PrefixTrainer", "Rows", "last_checkpoint", "training_arguments"]
 
 
 class PrefixTrainer(Trainer):

@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from foreword.attention import (
     ATTRIBUTE,
     ReadPrefix,
-    can_split,
     listening,
     prefix_attention,
     prefix_mask,
     reference_attention,
-    split_attention,
 )
 from foreword.kv import SiteKV
 
@@ -173,43 +171,6 @@ def masks(kind: str, dtype: torch.dtype) -> Tensor | None:
         return seen
     least = -torch.inf if kind == "float" else torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, least)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("kind", ["none", "causal", "bool", "float", "least", "per head"])
-def test_split_equals_reference_forward_and_backward(
-    kind: str, kv_heads: int, shared: bool, dtype: torch.dtype
-) -> None:
-    """Against the reference in float64 on the same (rounded) numbers."""
-    given = tensors(kv_heads, shared=shared, dtype=dtype)
-    mask, causal = (None, True) if kind == "causal" else (masks(kind, dtype), False)
-    out, expected, gradients = [], [], []
-    for wide in (dtype, torch.float64):
-        q, k, v, pk, pv = leaves = [t.to(wide).detach().requires_grad_() for t in given]
-        prefix = ReadPrefix(SiteKV(pk, pv))
-        m = mask.to(wide) if mask is not None and mask.is_floating_point() else mask
-        if wide == dtype:
-            assert can_split(q, v, prefix)
-            made = split_attention(q, k, v, prefix, m, causal=causal)
-        else:
-            made = reference_attention(q, k, v, prefix, m, causal=causal)[0]
-        (out if wide == dtype else expected).append(made.double())
-        weight = draw(*made.shape, seed=11).to(wide)
-        gradients.append([g.double() for g in torch.autograd.grad((made * weight).sum(), leaves)])
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
-    pairs = [(out[0], expected[0]), *zip(*gradients, strict=True)]
-    for found, truth in pairs:
-        assert (found - truth).norm() / truth.norm() < bound
-
-
-def test_split_refuses_what_its_kernels_cannot_do() -> None:
-    q, _, v, pk, pv = tensors()
-    assert can_split(q, v, ReadPrefix(SiteKV(pk, pv)))
-    assert not can_split(q, v[..., :3], ReadPrefix(SiteKV(pk, pv[..., :3])))
-    assert not can_split(q, v, ReadPrefix(SiteKV(pk, pv), torch.zeros(1, 1, 1, PREFIX)))
-    assert not can_split(q.to("meta"), v, ReadPrefix(SiteKV(pk, pv)))
 
 
 class Module(nn.Module):

@@ -12,9 +12,10 @@ import torch
 import transformers
 from torch import nn
 
-from foreword.attention import ReadPrefix, reference_attention, split_attention
+from foreword.attention import ReadPrefix, reference_attention
 from foreword.kv import KVPrefix, SiteKV
 from foreword.model import PrefixModel
+from foreword.split import split_attention
 
 transformers.logging.set_verbosity_error()
 
@@ -68,7 +69,7 @@ def reference(prefix):
 
 
 def split(prefix):
-    return split_attention(row(X @ W_Q), row(X @ W_K), row(X @ W_V), prefix)
+    return split_attention(row(X @ W_Q), row(X @ W_K), row(X @ W_V), *prefix.kv)
 
 
 def test_shapes():

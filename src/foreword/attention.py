@@ -1,12 +1,7 @@
 """Prefix attention: softmax(Q [K_p; K]^T * scale + mask) [V_p; V], exactly, in two ways.
 
-`reference_attention` concatenates, masks and takes the softmax. `split_attention` attends to the prefix and to the
-tokens apart and merges the two by their log-sum-exp, so the tokens keep the flash kernel's causal path and a prefix
-that the batch shares is read once, never expanded. The backward pass of a part needs the whole softmax's output and
-log-sum-exp alone (the identity behind ring attention, Liu et al. 2023, arXiv:2310.01889), so each part runs the
-flash backward kernel with the merged statistics.
-
-`prefix_attention` is what transformers calls; it picks the way and knows nothing of models or forms.
+`reference_attention` concatenates, masks and takes the softmax; `split_attention` (split.py) merges attentions over
+parts. `prefix_attention` is what transformers calls; it picks the way and knows nothing of models or forms.
 
 Shapes: query [B, H, n, d_k], key [B, H_kv, m, d_k], value [B, H_kv, m, d_v]; prefix keys [R, H_kv, P, d_k] and values
 [R, H_kv, P, d_v] with R = 1 or B; masks are additive, broadcastable to [B, H, n, m].
@@ -25,24 +20,37 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .kv import SiteKV
+from .split import Packing, can_split, split_attention, window_mask
 
 NAME = "foreword"
 Kernel = Literal["auto", "split", "reference"]
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass
 class ReadPrefix:
     """What a site reads in the forward pass at hand; sits on the attention module while a prefix is active.
 
-    `hidden` is an additive mask `[R, 1, n or 1, P]` over the prefix, or None where every query sees all of it.
+    hidden: an additive mask `[R, 1, n or 1, P]` over the prefix, or None where every query sees all of it.
+    packing: the rows, where they lie one behind another in one sequence; R is then 1 or their number, and `window` how
+        far a token sees (None: its whole row).
     """
 
     kv: SiteKV
     hidden: Tensor | None = None
     kernel: Kernel = "auto"
+    packing: Packing | None = None
+    window: int | None = None
+
+    def splits(self, query: Tensor, value: Tensor) -> bool:
+        """Whether the split form is to serve these tensors."""
+        return self.kernel != "reference" and can_split(query, value, self.kv.keys, self.hidden)
+
+    def of_row(self, row: int) -> SiteKV:
+        """The keys and values `[1, H_kv, P, d]` that a row of a packed sequence reads."""
+        if self.kv.keys.shape[0] == 1:
+            return self.kv
+        length = None if self.packing is None or self.packing.prefixes is None else self.packing.prefixes[row]
+        return SiteKV(*(x[row : row + 1, :, :length] for x in self.kv))
 
 
 ATTRIBUTE = "_foreword_prefix"
@@ -127,103 +135,25 @@ def _after(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).triu(1)
 
 
-def _fold(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, H, n, d] -> [1, H_kv, B * groups * n, d]: the batch becomes more queries of one shared prefix."""
-    rows, heads, length, size = x.shape
-    x = x.view(rows, kv_heads, heads // kv_heads, length, size)
-    return x.transpose(0, 1).reshape(1, kv_heads, -1, size)
-
-
-def _unfold(x: Tensor, rows: int, heads: int, length: int) -> Tensor:
-    """The inverse of `_fold`; also takes statistics [1, H_kv, B * groups * n]."""
-    kv_heads = x.shape[1]
-    x = x.reshape(kv_heads, rows, heads // kv_heads, length, *x.shape[3:]).transpose(0, 1)
-    return x.reshape(rows, heads, length, *x.shape[4:])
-
-
-class _SplitAttention(torch.autograd.Function):
-    """Two flash attentions merged by log-sum-exp; `mask` is additive and gets no gradient.
-
-    Half precision is computed in float32: the CPU's flash backward is slower in bfloat16 than in float32 on short
-    rows, and where attention is sharp its rounding is several percent of the gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        prefix_key: Tensor,
-        prefix_value: Tensor,
-        mask: Tensor | None,
-        causal: bool,
-        scale: float,
-    ) -> Tensor:
-        q, k, v, pk, pv = (_wide(x) for x in (query, key, value, prefix_key, prefix_value))
-        rows, heads, length, _ = q.shape
-        out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-        if mask is not None:  # the kernel reports 0, not -inf, for a query that may see no token
-            lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
-        shared = pk.shape[0] == 1
-        p_out, p_lse = _flash(_fold(q, k.shape[1]) if shared else q, pk, pv, 0.0, False, scale=scale)
-        if shared:
-            p_out, p_lse = (_unfold(x, rows, heads, length) for x in (p_out, p_lse))
-        merged = torch.logaddexp(lse, p_lse)  # [B, H, n]
-        token_share, prefix_share = (lse - merged).exp_(), (p_lse - merged).exp_()
-        out = (out * token_share.unsqueeze(-1)).add_(p_out * prefix_share.unsqueeze(-1))
-        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, mask, out, merged)
-        ctx.causal, ctx.scale = causal, scale
-        return out.to(query.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        *tensors, mask, out, lse = ctx.saved_tensors
-        q, k, v, pk, pv = (_wide(x) for x in tensors)
-        rows, heads, length, _ = q.shape
-        grad = _wide(grad).contiguous()
-        dq, dk, dv = _flash_backward(grad, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
-        part: tuple[Tensor, ...] = (grad, q, out, lse)
-        shared = pk.shape[0] == 1
-        if shared:
-            part = tuple(_fold(x.reshape(*x.shape[:3], -1), k.shape[1]) for x in part)
-        p_grad, p_q, p_out, p_lse = part
-        p_lse = p_lse.reshape(p_q.shape[:3])
-        p_dq, dpk, dpv = _flash_backward(p_grad, p_q, pk, pv, p_out, p_lse, 0.0, False, scale=ctx.scale)
-        dq = dq + (_unfold(p_dq, rows, heads, length) if shared else p_dq)
-        grads = [g.to(x.dtype) for g, x in zip((dq, dk, dv, dpk, dpv), tensors, strict=True)]
-        return *grads, None, None, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def split_attention(
+def packed_reference(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix: ReadPrefix,
-    mask: Tensor | None = None,
     *,
-    causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """The split form, for what `can_split` accepts. Returns `[B, H, n, d_v]` in the query's dtype."""
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
-        mask = mask.to(torch.promote_types(query.dtype, torch.float32)).expand(-1, -1, query.shape[2], -1)
-    kv = prefix.kv
-    scale = scale if scale is not None else query.shape[-1] ** -0.5
-    keys, values = kv.keys.to(key.dtype), kv.values.to(value.dtype)
-    return _SplitAttention.apply(query, key, value, keys, values, mask, causal, scale)
-
-
-def can_split(query: Tensor, value: Tensor, prefix: ReadPrefix) -> bool:
-    """Whether the split form serves these tensors: on the CPU, keys and values of one size, all of the prefix seen."""
-    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and prefix.hidden is None
+    causal: bool,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """`reference_attention` row by row over a packed sequence `[1, H, n, d]`."""
+    assert prefix.packing is not None
+    outs = []
+    for row, (a, b) in enumerate(prefix.packing.spans()):
+        q, k, v = (x[:, :, a:b] for x in (query, key, value))
+        windowed = prefix.window is not None and b - a > prefix.window
+        mask = window_mask(b - a, prefix.window, query) if windowed else None  # type: ignore[arg-type]
+        own = ReadPrefix(prefix.of_row(row))
+        outs.append(reference_attention(q, k, v, own, mask, causal=causal and not windowed, **settings)[0])
+    return torch.cat(outs, 2), None
 
 
 def prefix_attention(
@@ -248,6 +178,8 @@ def prefix_attention(
     if _listener is not None:
         _listener(module, key, value, kwargs)
     prefix: ReadPrefix | None = getattr(module, ATTRIBUTE, None)
+    if prefix is not None and prefix.packing is not None:  # each row is masked by itself
+        attention_mask = None
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     causal = bool(causal) and attention_mask is None and query.shape[2] > 1
     if causal and key.shape[2] > query.shape[2]:  # the first pass over an empty static cache
@@ -255,22 +187,31 @@ def prefix_attention(
     if position_bias is not None:
         attention_mask = _add_bias(position_bias[..., : key.shape[2]], attention_mask, causal)
         causal = False
+    rest: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
     plain = dropout == 0.0 and softcap is None and s_aux is None and not output_attentions
-    if prefix is not None and plain and prefix.kernel != "reference" and can_split(query, value, prefix):
-        out = split_attention(query, key, value, prefix, attention_mask, causal=causal, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    out, weights = reference_attention(
-        query,
-        key,
-        value,
-        prefix,
-        attention_mask,
-        causal=causal,
-        scale=scaling,
-        dropout=dropout,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    if (
+        prefix is not None
+        and plain
+        and prefix.kernel != "reference"
+        and can_split(query, value, prefix.kv.keys, prefix.hidden)
+    ):
+        out = split_attention(
+            query,
+            key,
+            value,
+            *prefix.kv,
+            attention_mask,
+            prefix.hidden,
+            causal=causal,
+            scale=scaling,
+            packing=prefix.packing,
+            window=prefix.window,
+        )
+        weights = None
+    elif prefix is not None and prefix.packing is not None:
+        out, weights = packed_reference(query, key, value, prefix, causal=causal, **rest)
+    else:
+        out, weights = reference_attention(query, key, value, prefix, attention_mask, causal=causal, **rest)
     return out.transpose(1, 2).contiguous(), weights if output_attentions else None
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,10 +22,11 @@ from .errors import InputError
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
 from .reading import Reader
-from .sites import find_sites, moves_positions
+from .sites import evaluating, find_sites, first_output, moves_positions, probe_inputs
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 ACTIVE: Any = object()  # the default of `prefix=`: whichever prefix is active
+Named = str | Sequence[str | None] | None
 
 
 class PrefixModel(nn.Module):
@@ -149,27 +151,56 @@ class PrefixModel(nn.Module):
 
     # ---- running
 
-    def forward(self, *args: Any, prefix: str | Sequence[str | None] | None = ACTIVE, **kwargs: Any) -> Any:
-        """The base's forward, every site reading the prefix. Returns what the base returns."""
-        if torch.is_grad_enabled() and "use_cache" in self._accepts and kwargs.get("past_key_values") is None:
+    def forward(self, *args: Any, prefix: Named = ACTIVE, packed: Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """The base's forward, every site reading the prefix. Returns what the base returns.
+
+        packed: the lengths of rows that lie one behind another in one sequence `[1, sum]`, so that nothing is padded.
+        """
+        uncached = torch.is_grad_enabled() or packed is not None
+        if uncached and "use_cache" in self._accepts and kwargs.get("past_key_values") is None:
             kwargs.setdefault("use_cache", False)
-        with self.reading(prefix):
+        with self.reading(prefix, packed):
             return self.base(*args, **kwargs)
 
+    def packs(self, prefix: Named = ACTIVE) -> bool:
+        """Whether rows that read `prefix` can be packed: some prefix is read, `can_pack`, and none slides away."""
+        chosen = self._names(prefix)[1]
+        return bool(chosen) and self.can_pack and all(self.configs[name].window == "visible" for name in chosen)
+
+    @cached_property
+    def can_pack(self) -> bool:
+        """Whether rows can lie one behind another in one sequence: found by comparing a few tokens with and without.
+
+        Not where positions cannot be moved, and not under masks other than causality and windows behind it.
+        """
+        kinds = set(getattr(self.base.config.get_text_config(), "layer_types", None) or [])
+        windowed_encoder = any(site.window is not None for site in self.sites if site.kind != "decoder")
+        if not self.can_move_positions or windowed_encoder or kinds - {"full_attention", "sliding_attention"}:
+            return False
+        ids = probe_inputs(self.base)["input_ids"]
+        with evaluating(self.base), torch.no_grad():
+            rows = [ids[:, :3], ids]
+            alone = [first_output(self(row, prefix=None)) for row in rows]
+            packed = first_output(self(torch.cat(rows, 1), prefix=None, packed=[row.shape[1] for row in rows]))
+        tolerance = 1e-3 if packed.dtype in (torch.float32, torch.float64) else 1e-1
+        return torch.allclose(torch.cat(alone, 1), packed, rtol=tolerance, atol=tolerance * float(packed.abs().max()))
+
     @torch.no_grad()
-    def generate(self, *args: Any, prefix: str | Sequence[str | None] | None = ACTIVE, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, prefix: Named = ACTIVE, **kwargs: Any) -> Any:
         """The base's `generate` with all of its arguments, every step reading the prefix."""
         with self.reading(prefix):
             return cast(Any, self.base).generate(*args, **kwargs)
 
     @contextmanager
-    def reading(self, prefix: str | Sequence[str | None] | None = ACTIVE) -> Iterator[None]:
-        """While open, calls of the base itself (`model.base(...)`, a pipeline over it) read the prefix too."""
-        prefix = self.active if prefix is ACTIVE else prefix
-        names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
-        chosen = list(dict.fromkeys(name for name in names if name is not None))
+    def reading(self, prefix: Named = ACTIVE, packed: Sequence[int] | None = None) -> Iterator[None]:
+        """While open, calls of the base itself (`model.base(...)`, a pipeline over it) read the prefix too.
+
+        packed: as `forward` takes it; each call must then hold just these rows.
+        """
+        names, chosen = self._names(prefix)
         if not chosen:
-            with self._reader.open(None):
+            nothing = None if packed is None else KVPrefix({s.name: s.nothing(self.base) for s in self.sites})
+            with self._reader.open(nothing, lengths=packed):
                 yield
             return
         kv = self._mixed(names, chosen)
@@ -177,10 +208,19 @@ class PrefixModel(nn.Module):
         if len(kinds) > 1:
             raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
         ((positions, window),) = kinds
+        slides = window == "slides"
+        if packed is not None and slides:
+            raise InputError("rows cannot be packed behind a prefix that slides out of the window; pad them.")
         if self.base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
-        with self._reader.open(kv, after=positions == "after", slides=window == "slides", kernel=self.kernel):
+        with self._reader.open(kv, after=positions == "after", slides=slides, kernel=self.kernel, lengths=packed):
             yield
+
+    def _names(self, prefix: Named) -> tuple[list[str | None], list[str]]:
+        """One name for all rows or each row's own, and every prefix among them once."""
+        prefix = self.active if prefix is ACTIVE else prefix
+        names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
+        return names, list(dict.fromkeys(name for name in names if name is not None))
 
     def _mixed(self, names: list[str | None], chosen: list[str]) -> KVPrefix:
         """One prefix for the batch: the only one named, or each row's own."""

@@ -5,8 +5,9 @@ Knows keys and values, positions and windows; nothing of names, forms or files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,20 @@ from .attention import ATTRIBUTE, Kernel, ReadPrefix
 from .errors import InputError
 from .kv import KVPrefix, SiteKV
 from .sites import Site, implementations, routed
+from .split import Packing
 
 TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 Installed = list[tuple[nn.Module, ReadPrefix | None]]
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a prefix is read; `Reader.open` says what each means."""
+
+    after: bool
+    slides: bool
+    kernel: Kernel
+    lengths: Sequence[int] | None
 
 
 class Reader:
@@ -33,11 +45,18 @@ class Reader:
 
     @contextmanager
     def open(
-        self, kv: KVPrefix | None, *, after: bool = False, slides: bool = False, kernel: Kernel = "auto"
+        self,
+        kv: KVPrefix | None,
+        *,
+        after: bool = False,
+        slides: bool = False,
+        kernel: Kernel = "auto",
+        lengths: Sequence[int] | None = None,
     ) -> Iterator[None]:
         """While open, every call of the base reads `kv`, or nothing where it is None, inside another `open` too.
 
-        after: text comes at positions P.., so position ids are moved; slides: sliding windows pass over the prefix.
+        after: text comes at positions P.., so position ids are moved; slides: sliding windows pass over the prefix;
+        lengths: of the rows, where they are packed one behind another into one.
         """
         outer, self._innermost = self._innermost, (this := object())
         try:
@@ -48,41 +67,72 @@ class Reader:
                     off: Installed = [(site.module, None) for site in self._sites]
                     stack.enter_context(self._holding(off, self._outside))
                 else:
-                    self._hook(stack, this, kv, after, slides, kernel)
+                    self._hook(stack, this, kv, _Manner(after, slides, kernel, lengths))
                     stack.enter_context(self._holding([]))
                 yield
         finally:
             self._innermost = outer
             self._installed = []
 
-    def _hook(self, stack: ExitStack, this: object, kv: KVPrefix, after: bool, slides: bool, kernel: Kernel) -> None:
+    def _hook(self, stack: ExitStack, this: object, kv: KVPrefix, manner: _Manner) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._innermost is not this:
                 return None
-            return args, self._install(kv, after, slides, kernel, args, kwargs)
+            return args, self._install(kv, manner, args, kwargs)
 
         encoder = [self._base.get_encoder()] if self._base.config.is_encoder_decoder else []
         for module in (self._base, *encoder):  # `generate` calls the encoder by itself
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        head = self._base.get_output_embeddings()
+        if head is not None:  # a frozen layer over sliced hidden states would expand its weight for every row
+            stack.callback(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])).remove)
 
-    def _install(
-        self, kv: KVPrefix, after: bool, slides: bool, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _install(self, kv: KVPrefix, manner: _Manner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before each forward of the base: put on every site what it is to read; returns the arguments to call with."""
         text = _text(args, kwargs)
-        kv = _for_rows(kv, text.shape[0])
+        if manner.lengths is not None:
+            kwargs = self._install_packed(kv, manner, tuple(manner.lengths), text, kwargs)
+        else:
+            kwargs = self._install_padded(_for_rows(kv, text.shape[0]), manner, text, kwargs)
+        for module, read in self._installed:
+            setattr(module, ATTRIBUTE, read)
+        return kwargs
+
+    def _install_padded(self, kv: KVPrefix, manner: _Manner, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs = self._without_dropped_queries(text, kwargs)
-        if after:
+        if manner.after:
             offset = kv.length if kv.lengths is None else kv.lengths[:, None]
             kwargs = {**kwargs, "position_ids": _positions(text, kwargs) + offset}
         self._installed = []
         for site in self._sites:
             if site.name in kv.sites:
-                hidden = _hidden(kv, site.window if slides else None, kwargs.get("position_ids"))
-                self._installed.append((site.module, ReadPrefix(kv.sites[site.name], hidden, kernel)))
-        for module, read in self._installed:
-            setattr(module, ATTRIBUTE, read)
+                hidden = _hidden(kv, site.window if manner.slides else None, kwargs.get("position_ids"))
+                self._installed.append((site.module, ReadPrefix(kv.sites[site.name], hidden, manner.kernel)))
         return kwargs
+
+    def _install_packed(
+        self, kv: KVPrefix, manner: _Manner, lengths: tuple[int, ...], text: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Every site is told where the rows lie, those without a prefix too; positions start anew with each row."""
+        if text.shape[:2] != (1, sum(lengths)) or kv.rows not in (1, len(lengths)):
+            raise InputError(
+                f"packed rows of {sum(lengths)} tokens in all need one sequence of that length and one prefix or one "
+                f"for each row; the sequence has the shape {list(text.shape[:2])}, and there are {kv.rows} prefixes."
+            )
+        prefixes = None if kv.lengths is None else tuple(kv.lengths.tolist())
+        packing = Packing(lengths, prefixes)
+        self._installed = []
+        for site in self._sites:
+            own = kv.sites.get(site.name) or site.nothing(self._base)
+            self._installed.append((site.module, ReadPrefix(own, None, manner.kernel, packing, site.window)))
+        offsets = (prefixes or (kv.length,) * len(lengths)) if manner.after else (0,) * len(lengths)
+        positions = torch.cat([torch.arange(n) + offset for n, offset in zip(lengths, offsets, strict=True)])
+        # A mask of four dimensions is taken as it is, so that none is made over all tokens; no site reads it.
+        return {
+            **kwargs,
+            "position_ids": positions[None].to(text.device),
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=self._base.dtype, device=text.device),
+        }
 
     def _without_dropped_queries(self, text: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Given `logits_to_keep` as a number, models with shared keys and values (Gemma 3n, 4) drop queries between

@@ -38,6 +38,11 @@ class Site:
     value_size: int
     window: int | None
 
+    def nothing(self, base: PreTrainedModel) -> SiteKV:
+        """A prefix without tokens."""
+        keys, values = (torch.zeros(1, self.kv_heads, 0, n) for n in (self.key_size, self.value_size))
+        return SiteKV(keys.to(base.device, base.dtype), values.to(base.device, base.dtype))
+
 
 @dataclass
 class Capture:
@@ -95,12 +100,12 @@ def find_sites(base: PreTrainedModel) -> list[Site]:
     def listener(module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
         seen.setdefault(id(module), (module, key, value, arguments))
 
-    inputs = _probe_inputs(base)
-    with _evaluating(base), torch.no_grad():
-        expected = _first_output(base(**inputs))
+    inputs = probe_inputs(base)
+    with evaluating(base), torch.no_grad():
+        expected = first_output(base(**inputs))
         try:
             with routed(base), listening(listener):
-                found = _first_output(base(**inputs))
+                found = first_output(base(**inputs))
         except Exception:  # its own code may trip over the mask; if it called nothing of ours, that is said below
             if seen:
                 raise
@@ -123,7 +128,7 @@ def find_sites(base: PreTrainedModel) -> list[Site]:
     return sites
 
 
-def _probe_inputs(base: PreTrainedModel) -> dict[str, Tensor]:
+def probe_inputs(base: PreTrainedModel) -> dict[str, Tensor]:
     """A few tokens; a decoder behind an encoder gets fewer, so that cross-attention shows by its keys' length."""
     ids = (torch.arange(5, 12, device=base.device) % vocabulary_size(base))[None]
     inputs = run_inputs(base, ids)
@@ -178,7 +183,7 @@ def _check_every_layer(base: PreTrainedModel, family: str, sites: list[Site]) ->
 
 
 @contextmanager
-def _evaluating(base: PreTrainedModel) -> Iterator[None]:
+def evaluating(base: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode while open, and the mode of every module restored after."""
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
@@ -189,7 +194,8 @@ def _evaluating(base: PreTrainedModel) -> Iterator[None]:
             module.training = mode
 
 
-def _first_output(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """Logits, or the hidden states of a base without a head."""
     logits = getattr(output, "logits", None)
     return logits if logits is not None else output[0]
 
@@ -222,7 +228,7 @@ def capture(base: PreTrainedModel, sites: list[Site], ids: Tensor) -> Capture:
         for site in sites:
             handle = site.module.register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
-        stack.enter_context(_evaluating(base))
+        stack.enter_context(evaluating(base))
         stack.enter_context(torch.no_grad())
         stack.enter_context(routed(base))
         stack.enter_context(listening(listener))
@@ -257,9 +263,9 @@ def moves_positions(base: PreTrainedModel) -> bool:
     """Whether text can be placed at positions P.. by `position_ids`: the base takes them and counts from 0 itself."""
     if base.config.is_encoder_decoder or "position_ids" not in inspect.signature(base.forward).parameters:
         return False
-    inputs = _probe_inputs(base)
+    inputs = probe_inputs(base)
     positions = torch.arange(inputs["input_ids"].shape[1], device=base.device)[None]
-    with _evaluating(base), torch.no_grad():
-        counted = _first_output(base(**inputs))
-        placed = _first_output(base(**inputs, position_ids=positions))
+    with evaluating(base), torch.no_grad():
+        counted = first_output(base(**inputs))
+        placed = first_output(base(**inputs, position_ids=positions))
     return torch.equal(counted, placed)

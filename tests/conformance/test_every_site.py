@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from foreword.attention import ATTRIBUTE, NAME, ReadPrefix, can_split, prefix_attention
+from foreword.attention import ATTRIBUTE, NAME, ReadPrefix, prefix_attention
+from foreword.split import can_split
 
 from .families import ALL, Family, inputs, wrapped
 
@@ -27,7 +28,7 @@ def calls_of(family: Family, dtype: torch.dtype, lengths: list[int]) -> list[Cal
     def keeping(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         read = getattr(module, ATTRIBUTE)
         special = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-        if can_split(query, value, read) and not special:
+        if can_split(query, value, read.kv.keys, read.hidden) and not special:
             calls.append((module, [query, key, value], read, {"attention_mask": mask, **kwargs}))
         return prefix_attention(module, query, key, value, mask, **kwargs)
 

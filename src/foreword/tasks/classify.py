@@ -73,18 +73,25 @@ class PrefixClassifier(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, prefix: Any = ACTIVE
     ) -> dict[str, Tensor]:
         """Logits `[B, labels]` in float32, and the cross-entropy when labels `[B]` are given."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        position = self._position(input_ids, attention_mask)
+        starts = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
         if self.model.kind == "encoder-decoder":
             start = self.model.config.decoder_start_token_id
             inputs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
-        with self._reading_off(self._position(input_ids, attention_mask)):
+            starts = torch.arange(len(input_ids), device=input_ids.device)
+        elif self.model.packs(prefix) and not bool(attention_mask.all()):
+            lengths = attention_mask.sum(1)
+            starts = lengths.cumsum(0) - lengths
+            inputs = {"input_ids": input_ids[attention_mask.bool()][None], "packed": lengths.tolist()}
+        with self._reading_off(starts + position):
             logits = self.model(**inputs, prefix=prefix).logits[:, 0].float()
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
     def _position(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """`[B]`, the position that the label is read off."""
+        """`[B]`, the position in each row that the label is read off."""
         if self.model.kind == "encoder-decoder":
             return torch.zeros_like(ids[:, 0])
         if self.model.kind == "decoder":
@@ -95,7 +102,8 @@ class PrefixClassifier(nn.Module):
 
     @contextmanager
     def _reading_off(self, position: Tensor) -> Iterator[None]:
-        """While open, the base's output layer gives `[B, 1, labels]` at `position`; all around it stays the base's own.
+        """While open, the base's output layer gives `[B, 1, labels]` at `position` `[B]`, counted through all rows; all
+        around it stays the base's own.
 
         The input is gathered to two dimensions first: a frozen layer over sliced hidden states would expand its
         weight for every row.
@@ -110,7 +118,7 @@ class PrefixClassifier(nn.Module):
             bias = output.bias[self.word_ids] if getattr(output, "bias", None) is not None else None
 
         def at_position(hidden: Tensor) -> Tensor:  # [B, n, d] -> [B, 1, labels]
-            picked = hidden[torch.arange(hidden.shape[0], device=hidden.device), position]
+            picked = hidden.flatten(0, 1)[position]
             return nn.functional.linear(picked.to(weight.dtype), weight, bias)[:, None]
 
         base = self.model.base

@@ -1,0 +1,281 @@
+"""Attention over [prefix; tokens] as attentions over parts, merged by their log-sum-exp; exact, nothing concatenated.
+
+Each part runs the CPU's flash kernel, so the tokens keep its causal path, and a prefix that the batch shares is read
+once: the batch is folded into more queries of it. Rows may lie one behind another in a single sequence without padding
+(`packing`); each is then a part of its own. The gradient of a part needs the whole softmax's output and log-sum-exp
+alone (the identity behind ring attention, Liu et al. 2023, arXiv:2310.01889), so `_part_gradients` computes it in
+blocks of queries by plain matrix products, which skip what causality hides.
+
+Shapes as in attention.py. Half precision is computed in float32: in bfloat16 the rounding of sharp attention is several
+percent of the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # queries per block of the backward pass where causality hides what is beyond them
+SCORES = 2**18  # scores per head and block elsewhere
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows that lie one behind another in a sequence of `sum(lengths)` tokens.
+
+    prefixes: how many prefix tokens each row reads, where every row has a prefix of its own.
+    """
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...] | None = None
+
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last (exclusive) token of each row."""
+        ends = torch.tensor(self.lengths).cumsum(0).tolist()
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@dataclass
+class _Part:
+    """Queries `start:stop` attend to keys `[B or 1, H_kv, m, d_k]`; folded: the whole batch is queries of one row."""
+
+    start: int
+    stop: int
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    folded: bool = False
+
+    def queries(self, x: Tensor) -> Tensor:
+        """This part's share of `[B, H, n, ...]`."""
+        x = x[:, :, self.start : self.stop]
+        return _fold(x, self.keys.shape[1]) if self.folded else x
+
+    def back(self, x: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `queries` for a result, `like` being `[B, H, n, d]`."""
+        return _unfold(x, like.shape[0], like.shape[1], self.stop - self.start) if self.folded else x
+
+
+def _fold(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, n, ...] -> [1, H_kv, B * groups * n, ...]."""
+    rows, heads, length, *rest = x.shape
+    x = x.reshape(rows, kv_heads, heads // kv_heads, length, *rest)
+    return x.transpose(0, 1).reshape(1, kv_heads, -1, *rest)
+
+
+def _unfold(x: Tensor, rows: int, heads: int, length: int) -> Tensor:
+    """The inverse of `_fold`."""
+    kv_heads = x.shape[1]
+    x = x.reshape(kv_heads, rows, heads // kv_heads, length, *x.shape[3:]).transpose(0, 1)
+    return x.reshape(rows, heads, length, *x.shape[4:])
+
+
+def _parts(
+    keys: Tensor,
+    values: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    masks: Sequence[Tensor | None],
+    hidden: Tensor | None,
+    causal: bool,
+    packing: Packing | None,
+    queries: int,
+) -> tuple[list[_Part], list[_Part]]:
+    """The parts over the tokens and those over the prefix; each list covers every query once."""
+    if packing is None:
+        spans, seen = [(0, queries)], [slice(None)]  # a cache holds more keys than there are queries
+    else:
+        spans = packing.spans()
+        seen = [slice(*span) for span in spans]
+    tokens = [
+        _Part(*span, keys[:, :, own], values[:, :, own], mask, causal and mask is None)
+        for span, own, mask in zip(spans, seen, masks, strict=True)
+    ]
+    if prefix_keys.shape[0] == 1 and hidden is None:
+        return tokens, [_Part(0, queries, prefix_keys, prefix_values, folded=True)]
+    if packing is None:
+        return tokens, [_Part(0, queries, prefix_keys, prefix_values, hidden)]
+    lengths = packing.prefixes or (prefix_keys.shape[2],) * len(spans)
+    return tokens, [
+        _Part(a, b, prefix_keys[r : r + 1, :, :p], prefix_values[r : r + 1, :, :p])
+        for r, ((a, b), p) in enumerate(zip(spans, lengths, strict=True))
+    ]
+
+
+def _attend(query: Tensor, parts: list[_Part], scale: float) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, n, d_v]` and log-sum-exp `[B, H, n]` over parts that cover every query once."""
+    found = [_attend_part(query, part, scale) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    outs, sums = zip(*found, strict=True)
+    return torch.cat(outs, 2), torch.cat(sums, 2)
+
+
+def _attend_part(query: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:
+    q = part.queries(query)
+    if part.keys.shape[2] == 0:
+        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
+    else:
+        out, lse = _flash(q, part.keys, part.values, 0.0, part.causal, attn_mask=part.mask, scale=scale)
+    if part.mask is not None:  # the kernel reports 0, not -inf, for a query that may see nothing
+        lse = lse.masked_fill((part.mask == -torch.inf).all(-1), -torch.inf)
+    return part.back(out, query), part.back(lse, query)
+
+
+def _part_gradients(
+    grad: Tensor, query: Tensor, out_grad: Tensor, lse: Tensor, part: _Part, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a part's queries (unfolded), keys and values.
+
+    With P = exp(scale Q K^T + mask - lse) and D = rowsum(dO * O):
+        dV = P^T dO,  dS = P * (dO V^T - D),  dQ = scale dS K,  dK = scale dS^T Q.
+
+    grad: dO `[B, H, n, d]`; out_grad: D `[B, H, n]`; lse: of the whole softmax, +inf where nothing is seen.
+    """
+    grad, q, delta, lse = (part.queries(x) for x in (grad, query, out_grad, lse))
+    rows, kv_heads, tokens, size = part.keys.shape
+    groups, length = q.shape[1] // kv_heads, q.shape[2]
+    keys, values = (x.reshape(rows * kv_heads, tokens, size) for x in (part.keys, part.values))
+    dq = torch.empty_like(q)
+    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
+    step = BLOCK if part.causal else max(BLOCK, SCORES // tokens)
+    for a in range(0, length, step):
+        b = min(a + step, length)
+        m = b if part.causal else tokens  # keys that this block may see
+        q_, g_, d_, l_ = (_grouped(x[:, :, a:b], kv_heads) for x in (q, grad, delta, lse))
+        k_, v_ = keys[:, :m], values[:, :m]
+        scores = torch.baddbmm(-l_[..., None], q_, k_.transpose(1, 2), alpha=scale)  # [B H_kv, G (b-a), m]
+        if part.mask is not None:
+            scores.view(rows, kv_heads * groups, b - a, m).add_(part.mask[:, :, a:b])
+        weights = scores.exp_()
+        if part.causal:
+            after = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1)
+            weights.view(-1, groups, b - a, m)[..., a:].masked_fill_(after, 0.0)
+        dv[:, :m].baddbmm_(weights.transpose(1, 2), g_)
+        change = torch.baddbmm(-d_[..., None], g_, v_.transpose(1, 2)).mul_(weights)  # dS
+        dq[:, :, a:b] = torch.bmm(change, k_).mul_(scale).view(rows, kv_heads * groups, b - a, size)
+        dk[:, :m].baddbmm_(change.transpose(1, 2), q_, alpha=scale)
+    shape = (rows, kv_heads, tokens, size)
+    return part.back(dq, query), dk.view(shape), dv.view(shape)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, H, n, ...] -> [B * H_kv, groups * n, ...]."""
+    rows, heads, length, *rest = x.shape
+    return x.reshape(rows * kv_heads, heads // kv_heads * length, *rest)
+
+
+class _SplitAttention(torch.autograd.Function):
+    """Masks are additive and get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        masks: Sequence[Tensor | None],
+        hidden: Tensor | None,
+        causal: bool,
+        scale: float,
+        packing: Packing | None,
+    ) -> Tensor:
+        q, k, v, pk, pv = (_wide(x) for x in (query, key, value, prefix_key, prefix_value))
+        tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing, q.shape[2])
+        out, lse = _attend(q, tokens, scale)
+        p_out, p_lse = _attend(q, prefix, scale)
+        merged = torch.logaddexp(lse, p_lse)  # [B, H, n]
+        share, p_share = ((x - merged).exp_().nan_to_num_(0.0) for x in (lse, p_lse))  # a query that sees nothing: 0
+        out = (out * share.unsqueeze(-1)).add_(p_out * p_share.unsqueeze(-1))
+        ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, merged)
+        ctx.settings = masks, hidden, causal, scale, packing
+        return out.to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        *tensors, out, lse = ctx.saved_tensors
+        masks, hidden, causal, scale, packing = ctx.settings
+        q, k, v, pk, pv = (_wide(x) for x in tensors)
+        grad = _wide(grad)
+        delta = (grad * out).sum(-1)
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+        dq, dk, dv, dpk, dpv = (torch.zeros_like(x) for x in (q, k, v, pk, pv))
+        tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing, q.shape[2])
+        # the same parts of the gradients as of the tensors: views to add to
+        into = _parts(dk, dv, dpk, dpv, masks, hidden, causal, packing, q.shape[2])
+        for part, target in zip([*tokens, *prefix], [*into[0], *into[1]], strict=True):
+            if part.keys.shape[2]:
+                part_dq, part_dk, part_dv = _part_gradients(grad, q, delta, lse, part, scale)
+                dq[:, :, part.start : part.stop] += part_dq
+                target.keys += part_dk
+                target.values += part_dv
+        grads = [g.to(x.dtype) for g, x in zip((dq, dk, dv, dpk, dpv), tensors, strict=True)]
+        return *grads, None, None, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    """A mask in the dtype that is computed in, with a row for every query."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+    return mask.to(torch.promote_types(query.dtype, torch.float32)).expand(-1, -1, query.shape[2], -1)
+
+
+def window_mask(length: int, window: int, like: Tensor) -> Tensor:
+    """`[1, 1, length, length]`, additive: a token sees itself and the `window - 1` before it."""
+    at = torch.arange(length, device=like.device)
+    back = at[:, None] - at
+    seen = (back >= 0) & (back < window)
+    return _additive(seen[None, None], like.new_empty(1, 1, length, 0))  # type: ignore[return-value]
+
+
+def can_split(query: Tensor, value: Tensor, prefix_keys: Tensor, hidden: Tensor | None) -> bool:
+    """Whether the split form serves these tensors: on the CPU, keys and values of one size, and a prefix that is
+    shared and seen whole or each row's own."""
+    own = prefix_keys.shape[0] == query.shape[0]
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1] and (hidden is None or own)
+
+
+def split_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    mask: Tensor | None = None,
+    hidden: Tensor | None = None,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    packing: Packing | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention over [prefix; tokens], for what `can_split` accepts. Returns `[B, H, n, d_v]` in the query's dtype.
+
+    hidden: an additive mask `[R, 1, n or 1, P]` over the prefix.
+    packing: the rows of a sequence with B = 1; `mask` is then not read, and `window` is how far a token sees its own
+        row's earlier tokens (None: all).
+    """
+    scale = scale if scale is not None else query.shape[-1] ** -0.5
+    masks: list[Tensor | None] = [_additive(mask, query)]
+    if packing is not None:
+        masks = [None if window is None or n <= window else window_mask(n, window, query) for n in packing.lengths]
+    keys, values = prefix_keys.to(key.dtype), prefix_values.to(value.dtype)
+    return _SplitAttention.apply(
+        query, key, value, keys, values, masks, _additive(hidden, query), causal, scale, packing
+    )

@@ -1,0 +1,117 @@
+"""The split attention against the reference, padded and packed, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attention import PREFIX, ROWS, draw, masks, tensors
+from torch import Tensor
+
+from foreword.attention import ReadPrefix, packed_reference, reference_attention
+from foreword.kv import SiteKV
+from foreword.split import Packing, can_split, split_attention
+
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def compare(made: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]], bound: float) -> None:
+    """Outputs, and gradients of a fixed weighting of them with respect to the leaves."""
+    found = [
+        [out.double(), *(g.double() for g in torch.autograd.grad((out * draw(*out.shape, seed=11)).sum(), leaves))]
+        for out, leaves in (made, expected)
+    ]
+    for part, truth in zip(*found, strict=True):
+        assert (part - truth).norm() <= bound * truth.norm()
+
+
+def leaves_of(given: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t.to(dtype).detach().requires_grad_() for t in given]
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["none", "causal", "bool", "float", "least", "per head"])
+def test_split_equals_reference_forward_and_backward(
+    kind: str, kv_heads: int, shared: bool, dtype: torch.dtype
+) -> None:
+    """Against the reference in float64 on the same (rounded) numbers."""
+    given = tensors(kv_heads, shared=shared, dtype=dtype)
+    mask, causal = (None, True) if kind == "causal" else (masks(kind, dtype), False)
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    narrow, exact = leaves_of(given, dtype), leaves_of(given, torch.float64)
+    assert can_split(narrow[0], narrow[2], narrow[3], None)
+    made = split_attention(*narrow, mask, causal=causal)  # type: ignore[misc]
+    expected = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])), wide, causal=causal)[0]
+    compare((made, narrow), (expected, exact), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("kind", ["causal", "float", "per head"])
+def test_split_of_prefixes_with_lengths_of_their_own(kind: str) -> None:
+    """Padding of shorter prefixes is hidden; a row without any prefix, and one that sees nothing at all, are right."""
+    given = tensors(2, shared=False, dtype=torch.float32)
+    hidden = torch.zeros(ROWS, 1, 1, PREFIX)
+    for row, length in enumerate([PREFIX, 2, 0]):
+        hidden[row, ..., length:] = -torch.inf
+    mask, causal = (None, True) if kind == "causal" else (masks(kind, torch.float32), False)
+    narrow, exact = leaves_of(given, torch.float32), leaves_of(given, torch.float64)
+    assert can_split(narrow[0], narrow[2], narrow[3], hidden)
+    made = split_attention(*narrow, mask, hidden, causal=causal)  # type: ignore[misc]
+    read = ReadPrefix(SiteKV(*exact[3:]), hidden)
+    expected = reference_attention(*exact[:3], read, None if mask is None else mask.double(), causal=causal)[0]
+    compare((made, narrow), (expected, exact), 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3], ids=["whole", "window"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("prefixes", [None, (PREFIX, 2, 0)], ids=["shared", "per-row"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_packed_rows_are_each_row_alone(
+    kv_heads: int, prefixes: tuple[int, ...] | None, causal: bool, window: int | None
+) -> None:
+    """Against the reference in float64, row by row, each with its own part of tensors padded to the longest."""
+    if window is not None and not causal:
+        pytest.skip("a window is one of causal attention")
+    lengths = (6, 1, 4)
+    q, k, v, pk, pv = tensors(kv_heads, shared=prefixes is None, dtype=torch.float32)
+
+    def packed(x: Tensor) -> Tensor:
+        return torch.cat([x[r : r + 1, :, :n] for r, n in enumerate(lengths)], 2)
+
+    given = [packed(q), packed(k), packed(v), pk, pv]
+    packing = Packing(lengths, prefixes)
+    narrow, exact, wide = leaves_of(given, torch.float32), leaves_of(given, torch.float64), []
+    made = split_attention(*narrow, causal=causal, packing=packing, window=window)  # type: ignore[misc]
+    read = ReadPrefix(SiteKV(*exact[3:]), packing=packing, window=window)
+    by_row, _ = packed_reference(*exact[:3], read, causal=causal)
+    compare((made, narrow), (by_row, exact), 1e-5)
+    for r, (n, (a, b)) in enumerate(zip(lengths, packing.spans(), strict=True)):
+        own = [x[:, :, a:b].double() for x in given[:3]]
+        p = PREFIX if prefixes is None else prefixes[r]
+        alone = ReadPrefix(SiteKV(*(x[r if prefixes else 0, :, :p][None].double() for x in (pk, pv))))
+        at = torch.arange(n)
+        seen = (at[:, None] - at < (window or n)) & ((at[:, None] >= at) | (not causal))
+        wide.append(reference_attention(*own, alone, seen[None, None])[0])
+    torch.testing.assert_close(by_row, torch.cat(wide, 2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("block", [1, 4, 7])
+def test_the_backward_pass_in_blocks(block: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foreword.split.BLOCK", block)
+    monkeypatch.setattr("foreword.split.SCORES", 1)
+    given = tensors(2, dtype=torch.float32)
+    narrow, exact = leaves_of(given, torch.float32), leaves_of(given, torch.float64)
+    made = split_attention(*narrow, causal=causal)  # type: ignore[misc]
+    expected = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])), causal=causal)[0]
+    compare((made, narrow), (expected, exact), 1e-5)
+
+
+def test_split_refuses_what_its_kernels_cannot_do() -> None:
+    q, _, v, pk, _ = tensors()
+    hidden = torch.zeros(1, 1, 1, PREFIX)
+    assert can_split(q, v, pk, None)
+    assert not can_split(q, v[..., :3], pk, None)
+    assert not can_split(q, v, pk, hidden), "a prefix that is shared yet not seen whole"
+    assert can_split(q, v, pk.expand(ROWS, -1, -1, -1), hidden)
+    assert not can_split(q.to("meta"), v, pk, None)

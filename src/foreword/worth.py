@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from .forms import Finished
 from .kv import KVPrefix, SiteKV
 from .model import PrefixModel
+from .reading import text_positions
 
 Loss = Callable[[KVPrefix], float]
 Progress = Callable[[int, int], None]
@@ -61,10 +65,18 @@ def _rises(kv: KVPrefix, cuts: Sequence[KVPrefix], loss: Loss, progress: Progres
 
 @contextmanager
 def reading_instead(model: PrefixModel, name: str, kv: KVPrefix) -> Iterator[None]:
-    """While open, the prefix `name` of `model` is `kv`."""
-    own = model.forms[name]
+    """While open, the prefix `name` of `model` is `kv`, and text stays at the positions that it had, so that tokens
+    which `kv` lacks leave a gap and nothing else changes."""
+    own = model.form(name)
+    gap = own.length - kv.length if model.configs[name].positions == "after" else 0
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "position_ids": text_positions(args, kwargs) + gap}
+
+    handle = model.base.register_forward_pre_hook(before, with_kwargs=True)  # runs before the one that reads
     model.forms[name] = Finished(kv)
     try:
         yield
     finally:
         model.forms[name] = own
+        handle.remove()

@@ -5,7 +5,7 @@ DEMO := --train-rows 700 --validation-rows 100 --batch-size 8 --max-length 72 --
 AG_NEWS ?= fancyzhx/ag_news
 READY := .venv/.ready
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow bench pictures lint clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -24,6 +24,12 @@ test-slow: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/ag_news.py --data $(AG_NEWS)
 	$(BIN)/python benchmarks/tables.py
+
+# Pictures of the demo's pages, by the system's Chromium; after `make demo`.
+pictures: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[pictures]"
+	$(BIN)/foreword inspect runs/demo --html runs/demo-inspect.html --rows 16
+	$(BIN)/python benchmarks/pictures.py runs/demo/report.html=docs/report.png runs/demo-inspect.html=docs/inspect.png
 
 lint: $(READY)
 	$(BIN)/ruff check .

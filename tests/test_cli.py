@@ -64,7 +64,12 @@ def test_train_prints_figures_beside_zero_shot_and_leaves_only_the_finished_pref
     assert code == 0
     assert "zero-shot" in out and "prefix" in out and "animal" in out
     assert "trained parameters" in err
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["README.md", "prefix.json", "prefix.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == [
+        "README.md",
+        "prefix.json",
+        "prefix.safetensors",
+        "report.html",
+    ]
 
 
 def test_train_learns_and_eval_predict_and_inspect_agree(run, trained: Path, topics: Path, tmp_path: Path) -> None:
@@ -250,3 +255,16 @@ def test_an_output_in_use_is_not_overwritten(run, tiny_llama: Path, topics: Path
     assert [p.name for p in (tmp_path / "p").iterdir()] == ["thesis.txt"]
     code, _, err = run(*train_arguments(tiny_llama, topics, tmp_path / "q"), "--resume")
     assert code == 2 and "there is no unfinished run" in err
+
+
+def test_inspect_writes_a_page_and_compares_two(run, trained: Path, topics: Path, tmp_path: Path) -> None:
+    code, out, err = run("inspect", trained, "--html", tmp_path / "page.html", "--rows", 4, "--json")
+    assert code == 0 and "page.html written" in err
+    assert set(json.loads(out)) == {"about", "sites", "shares", "moved", "words", "loss", "worth"}
+    assert "<svg" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    code, out, _ = run("inspect", trained, trained)
+    assert code == 0 and out.count("instruction") >= 2
+    code, _, err = run("inspect", trained, "--data", topics)
+    assert code == 2 and "--html" in err
+    code, _, err = run("inspect", trained, trained, trained)
+    assert code == 2 and "one or two" in err

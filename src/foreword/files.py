@@ -139,6 +139,11 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
+def size(directory: str | Path) -> int:
+    """Bytes of a saved prefix's own files; a report beside them is not counted."""
+    return sum((Path(directory) / name).stat().st_size for name in (HEADER, TENSORS, CARD))
+
+
 def kv_tensors(kv: KVPrefix) -> dict[str, Tensor]:
     """The tensors that `prefix.safetensors` holds for a prefix, float32, by `site.keys` and `site.values`."""
     tensors = {}

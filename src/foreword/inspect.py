@@ -15,7 +15,6 @@ def describe(directory: str | Path) -> dict[str, Any]:
     """
     header, tensors = files.read(directory)
     base, prefix, training = header["base"], header["prefix"], header.get("training") or {}
-    size = sum(path.stat().st_size for path in Path(directory).iterdir() if path.is_file())
     kinds = [site["kind"] for site in header["sites"]]
     return {
         "base": base["id"],
@@ -30,7 +29,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "parameters": prefix["parameters"],
         "share_of_base": prefix["parameters"] / base["parameters"],
         "numbers_stored": sum(tensor.numel() for tensor in tensors.values()),
-        "bytes": size,
+        "bytes": files.size(directory),
         "task": header.get("task"),
         "test": training.get("test"),
         "zero_shot": training.get("zero_shot"),

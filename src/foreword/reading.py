@@ -185,6 +185,11 @@ def _for_rows(kv: KVPrefix, rows: int) -> KVPrefix:
     return KVPrefix(sites, None if kv.lengths is None else kv.lengths.repeat_interleave(times))
 
 
+def text_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Position ids `[B, n]` that the base would give the tokens of such a call: those given, or counted."""
+    return _positions(_text(args, kwargs), kwargs)
+
+
 def _positions(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Position ids `[B, n]` of the tokens at hand, counted from 0 at each row's first real token."""
     given = kwargs.get("position_ids")

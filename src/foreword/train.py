@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import set_seed
+from transformers.trainer_utils import PredictionOutput
 
 from . import defaults
 from .bases import load_base
@@ -26,6 +27,7 @@ from .errors import InputError, RunError
 from .evaluate import compute_metrics, confusion, per_label
 from .forms import PrefixConfig
 from .model import PrefixModel
+from .report import mistakes, validations, write_report
 from .tasks.classify import PrefixClassifier
 from .tasks.template import default_instruction, make_settings
 from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
@@ -126,8 +128,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     zero_shot = _zero_shot(trainer, classifier, test, running, say) if config.zero_shot else None
     output = trainer.train(resume_from_checkpoint=_last(running) if resume else None)
     say(f"Testing on {len(test)} rows.")
+    tested, truth = trainer.predict(test), [row["labels"] for row in test.rows]
     summary = {
-        **_figures(trainer, test, data.labels),
+        **_figures(tested, truth, data.labels),
         "zero_shot": zero_shot,
         "validation": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
@@ -137,6 +140,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         "rows": {name: len(split) for name, (split, _) in splits.items()},
         "cut": cut,
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+        "validations": validations(trainer.state.log_history),
         "seconds": {
             "training": round(output.metrics["train_runtime"], 1),
             "total": round(time.monotonic() - began, 1),
@@ -145,16 +149,16 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     classifier.save_pretrained(config.output, training=summary)
+    texts = [row.text for row in data.test]
+    write_report(config.output, mistakes(texts, truth, tested.predictions, data.labels))
     return TrainResult(config.output, summary["test"], zero_shot, summary)
 
 
-def _figures(trainer: PrefixTrainer, test: Rows, labels: Sequence[str]) -> dict[str, Any]:
+def _figures(tested: PredictionOutput, truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
     """Metrics, figures per label and confusion on the test rows."""
-    prediction = trainer.predict(test)
-    predicted = np.argmax(prediction.predictions, axis=-1).tolist()
-    truth = [row["labels"] for row in test.rows]
+    predicted = np.argmax(tested.predictions, axis=-1).tolist()
     return {
-        "test": compute_metrics(prediction),
+        "test": compute_metrics(tested),
         "per_label": per_label(truth, predicted, labels),
         "confusion": confusion(truth, predicted, labels),
     }

@@ -71,15 +71,18 @@ def _metrics_table(title: str, rows: dict[str, dict[str, float] | None]) -> Tabl
 
 def trained(result: TrainResult) -> None:
     """Figures beside zero-shot, per label, and what was saved."""
+    from .. import files
+
     summary, console = result.summary, Console()
     title = f"{summary['rows']['test']} test rows (precision, recall, F1 weighted by label)"
     console.print(_metrics_table(title, {"zero-shot": result.zero_shot, "prefix": result.test}))
     _per_label(console, summary["per_label"])
-    size = sum(path.stat().st_size for path in result.output.iterdir()) / 2**20
+    size = files.size(result.output) / 2**20
     seconds = summary["seconds"]
     console.print(
         f"Saved {result.output} ({size:.1f} MiB) after {summary['steps']} steps; "
-        f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all."
+        f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all. "
+        f"Its page: {result.output / 'report.html'}"
     )
 
 
@@ -120,11 +123,14 @@ def generated(results: Sequence[dict[str, str]]) -> None:
         print(f"{result['prompt']}{result['completion']}")
 
 
-def described(description: dict[str, Any]) -> None:
-    table = Table(show_header=False)
-    for name, value in description.items():
-        if value is not None:
-            table.add_row(name.replace("_", " "), _plain(name, value))
+def described(descriptions: dict[str, dict[str, Any]]) -> None:
+    """A row per fact, a column per prefix."""
+    table = Table("", *descriptions, show_header=len(descriptions) > 1)
+    for name in next(iter(descriptions.values())):
+        values = [description[name] for description in descriptions.values()]
+        if any(value is not None for value in values):
+            shown = ("" if value is None else _plain(name, value) for value in values)
+            table.add_row(name.replace("_", " "), *shown)
     Console().print(table)
 
 

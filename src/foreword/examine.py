@@ -1,0 +1,203 @@
+"""What a saved prefix does, found by running it: where attention goes, what its tokens resemble, how far it moved from
+its start, and what each token and layer is worth. All plain data, for a page or for JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import files
+from .attention import listening
+from .data import Row, load_classification, read_labelled, some_rows
+from .errors import InputError
+from .forms import make_form
+from .inspect import describe
+from .kv import KVPrefix
+from .model import PrefixModel
+from .shares import Batch, attention_shares
+from .sites import Site, routed, run_inputs, vocabulary_size
+from .tasks.classify import PrefixClassifier
+from .worth import reading_instead, site_worth, token_worth
+
+Progress = Callable[[int, int], None]
+
+
+def examine(
+    directory: str | Path,
+    data: str | None = None,
+    *,
+    rows: int = 32,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a saved prefix on `rows` validation rows of `data` (a single file: of all of it; by default the data that it
+    was trained on) and say what it does.
+
+    Returns `about` (as `describe`), `sites`, `shares` ([H][P] by site), `moved` and `words` (see those functions),
+    `loss` and `worth` (rises of the loss, by `tokens` and by `sites`). A prefix without a task has no rows: its
+    `shares`, `loss` and `worth` are None. `progress(done, total)` counts passes over the rows.
+    """
+    header = files.read_header(directory)
+    if header.get("task"):
+        return _with_rows(directory, PrefixClassifier.from_pretrained(directory), data, rows, batch_size, progress)
+    if data is not None:
+        raise InputError(f"{directory} was saved without a task, so it cannot be run on {data}; leave out the data.")
+    return _still(directory, PrefixModel.from_pretrained(directory))
+
+
+def _still(directory: str | Path, model: PrefixModel) -> dict[str, Any]:
+    """What can be said without rows."""
+    assert model.active is not None
+    return {
+        "about": {"directory": str(directory), **describe(directory)},
+        "sites": list(model.kv(model.active).sites),
+        "shares": None,
+        "moved": moved(model, model.active),
+        "words": nearest_words(model, model.active),
+        "loss": None,
+        "worth": None,
+    }
+
+
+def _with_rows(
+    directory: str | Path,
+    classifier: PrefixClassifier,
+    data: str | None,
+    rows: int,
+    batch_size: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    model, name = classifier.model, classifier.model.active
+    assert name is not None
+    batches = _batches(classifier, _rows(directory, model.headers[name], data, rows), batch_size)
+    kv = model.kv(name)
+    total = 4 + kv.length + len(kv.sites)  # one for the shares, and the whole prefix is measured three times
+    done = 0
+
+    def ran(*_: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    def loss(cut: KVPrefix) -> float:
+        ran()
+        with reading_instead(model, name, cut):
+            return mean_loss(classifier, batches)
+
+    ran()
+    shares = attention_shares(model, lambda batch: classifier(**batch, prefix=name), batches)
+    worth = {"tokens": token_worth(kv, loss), "sites": site_worth(kv, loss)}
+    found = {"shares": {site: share.tolist() for site, share in shares.items()}, "loss": loss(kv), "worth": worth}
+    return _still(directory, model) | found
+
+
+@torch.inference_mode()
+def mean_loss(task: Callable[..., dict[str, Tensor]], batches: Sequence[Batch]) -> float:
+    """The mean over rows of the loss that `task(**batch)` gives as the mean of each batch."""
+    sums = [float(task(**batch)["loss"]) * len(batch["input_ids"]) for batch in batches]
+    return sum(sums) / sum(len(batch["input_ids"]) for batch in batches)
+
+
+def _rows(directory: str | Path, header: dict[str, Any], data: str | None, count: int) -> list[Row]:
+    settings = (header.get("training") or {}).get("settings") or {}
+    text, label = (None, None) if data else (settings.get("text_column"), settings.get("label_column"))
+    data = data or settings.get("data")
+    if data is None:
+        raise InputError(f"{directory} does not say what it was trained on; name the data.")
+    if count < 1:
+        raise InputError(f"rows must be at least 1, not {count}.")
+    if Path(data).is_file():
+        found = read_labelled(data, text, label)
+    else:
+        found = load_classification(data, text_column=text, label_column=label).validation
+    unknown = sorted({row.label for row in found} - set(header["task"]["labels"]))
+    if unknown:
+        raise InputError(f"{data} has labels that the prefix was not trained for: {', '.join(unknown[:5])}.")
+    return some_rows(found, min(count, len(found)), 0, "validation")
+
+
+def _batches(classifier: PrefixClassifier, rows: Sequence[Row], batch_size: int) -> list[Batch]:
+    encoded, _ = classifier.encode([row.text for row in rows])
+    labels = list(classifier.settings.labels)
+    pairs = sorted(zip(encoded, rows, strict=True), key=lambda pair: -len(pair[0]))
+    examples = [{"input_ids": ids, "labels": labels.index(row.label)} for ids, row in pairs]
+    chunks = [examples[at : at + batch_size] for at in range(0, len(examples), batch_size)]
+    device = classifier.model.device
+    return [{k: v.to(device) for k, v in classifier.collate(chunk).items()} for chunk in chunks]
+
+
+@torch.no_grad()
+def moved(model: PrefixModel, name: str) -> dict[str, dict[str, float]] | None:
+    """How far keys and values are from their start, by site: the root mean square of their change, in deviations of
+    the start, its frozen tokens apart (the unit that `direct` and `mlp` train in).
+
+    None where the start is not known any more: a prefix that was cut.
+    """
+    kv = model.kv(name)
+    start = make_form(model.configs[name], model.base, model.sites, model.tokenizer)()
+    if start.length != kv.length or start.sites.keys() != kv.sites.keys():
+        return None
+    frozen = min(model.configs[name].frozen_tokens, kv.length - 1)
+    found = {}
+    for site, (keys, values) in kv.sites.items():
+        pairs = {"keys": (keys, start.sites[site].keys), "values": (values, start.sites[site].values)}
+        found[site] = {
+            part: float((now - then).float().square().mean().sqrt() / _deviation(then[:, :, frozen:]))
+            for part, (now, then) in pairs.items()
+        }
+    return found
+
+
+def _deviation(start: Tensor) -> Tensor:
+    return start.float().std(correction=0).clamp(min=1e-6)
+
+
+@torch.no_grad()
+def nearest_words(model: PrefixModel, name: str, count: int = 4) -> list[list[tuple[str, float]]] | None:
+    """For each prefix token the words of the vocabulary whose values at the first site are nearest, with the cosine.
+
+    At the first site a word's values depend on the word alone, so this serves every form; a prefix that starts from
+    text is that text at step 0. None where the prefix does not enter the first site, or without a tokenizer.
+    """
+    site, kv = model.sites[0], model.kv(name)
+    if site.name not in kv.sites or model.tokenizer is None:
+        return None
+    words = _unit(vocabulary_values(model, site)[: len(model.tokenizer)])  # [V, H_kv d_v]
+    own = _unit(kv.sites[site.name].values[0].transpose(0, 1).flatten(1).float())  # [P, H_kv d_v]
+    best = (own @ words.T).topk(min(count, len(words)))
+    return [
+        [(model.tokenizer.decode([i]), round(cosine, 4)) for i, cosine in zip(ids, cosines, strict=True)]
+        for ids, cosines in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows, dim=-1)
+
+
+class _ReachedError(Exception):
+    """Ends a forward pass once the first site has been heard."""
+
+
+@torch.no_grad()
+def vocabulary_values(model: PrefixModel, site: Site, rows: int = 1024) -> Tensor:
+    """The values `[V, H_kv d_v]`, float32, that each word of the vocabulary alone has at `site`, the first one."""
+    found: list[Tensor] = []
+
+    def listener(module: torch.nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
+        if module is site.module:
+            found.append(value[:, :, 0].flatten(1).float())
+            raise _ReachedError
+
+    base = model.base.eval()
+    for ids in torch.arange(vocabulary_size(base), device=base.device).split(rows):
+        with suppress(_ReachedError), routed(base), listening(listener):
+            base(**run_inputs(base, ids[:, None]))
+    return torch.cat(found)

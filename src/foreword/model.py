@@ -56,6 +56,7 @@ class PrefixModel(nn.Module):
         self.configs: dict[str, PrefixConfig] = {}
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
+        self._padded = False
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._register_state_dict_hook(_without_base)
 
@@ -165,7 +166,16 @@ class PrefixModel(nn.Module):
     def packs(self, prefix: Named = ACTIVE) -> bool:
         """Whether rows that read `prefix` can be packed: some prefix is read, `can_pack`, and none slides away."""
         chosen = self._names(prefix)[1]
-        return bool(chosen) and self.can_pack and all(self.configs[name].window == "visible" for name in chosen)
+        return bool(chosen) and not self._padded and self.can_pack and all(self.configs[name].window == "visible" for name in chosen)
+
+    @contextmanager
+    def padded(self) -> Iterator[None]:
+        """While open, nothing is packed, for what looks into attention row by row."""
+        before, self._padded = self._padded, True
+        try:
+            yield
+        finally:
+            self._padded = before
 
     @cached_property
     def can_pack(self) -> bool:

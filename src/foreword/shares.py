@@ -33,6 +33,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         read: ReadPrefix | None = getattr(module, ATTRIBUTE, None)
         if read is not None:
+            assert read.packing is None, "shares are measured on padded rows"
             watcher(module, _prefix_mass(module, query, key, read, mask, **kwargs))
         return prefix_attention(module, query, key, value, mask, **kwargs)
 
@@ -69,7 +70,7 @@ def attention_shares(
         sums[site.name] = sums.get(site.name, 0) + found
         counts[site.name] = counts.get(site.name, 0.0) + float(weight.sum())
 
-    with watching(watcher):
+    with watching(watcher), model.padded():
         for done, batch in enumerate(batches, 1):
             call(batch)
             progress(done)

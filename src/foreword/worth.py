@@ -76,7 +76,8 @@ def reading_instead(model: PrefixModel, name: str, kv: KVPrefix) -> Iterator[Non
     handle = model.base.register_forward_pre_hook(before, with_kwargs=True)  # runs before the one that reads
     model.forms[name] = Finished(kv)
     try:
-        yield
+        with model.padded():  # packed rows get their positions anew
+            yield
     finally:
         model.forms[name] = own
         handle.remove()

@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +19,12 @@ from transformers import PreTrainedModel
 from . import files
 from .attention import Kernel
 from .bases import load_base
+from .dynamic import Dynamic, make_dynamic, pool
 from .errors import InputError
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
-from .reading import Reader
+from .prompts import Prompt, Prompted, find_prompt
+from .reading import Reader, rows_for
 from .sites import find_sites, moves_positions
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -54,6 +58,7 @@ class PrefixModel(nn.Module):
         self.configs: dict[str, PrefixConfig] = {}
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
+        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # of caches, for dynamic prefixes
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._register_state_dict_hook(_without_base)
 
@@ -65,7 +70,7 @@ class PrefixModel(nn.Module):
         config = replace(config or PrefixConfig(), **settings)
         if config.positions == "after" and not self.can_move_positions:
             raise InputError(f"{type(self.base).__name__} cannot move its positions; use positions='kept'.")
-        form = make_form(config, self.base, self.sites, self.tokenizer)
+        form = make_dynamic(config, make_form(config, self.base, self.sites, self.tokenizer), self.base, self.sites)
         positions = config.positions or ("after" if self.can_move_positions else "kept")
         if config.window == "slides" and positions == "kept":
             raise InputError("a prefix can slide out of the window only where text comes after it (positions='after').")
@@ -75,7 +80,8 @@ class PrefixModel(nn.Module):
         return form
 
     def load(self, directory: str | Path, name: str | None = None, *, trainable: bool = False) -> Form:
-        """Load a saved prefix and activate it; `trainable` goes on training its keys and values (form `direct`).
+        """Load a saved prefix and activate it; `trainable` goes on training its keys and values (form `direct`), and
+        what makes them dynamic.
 
         Raises InputError when the directory is damaged or the prefix belongs to another base.
         """
@@ -92,7 +98,9 @@ class PrefixModel(nn.Module):
         settings = {k: v for k, v in header["prefix"].items() if k in PrefixConfig.__dataclass_fields__}
         settings["layers"] = tuple(settings["layers"]) if settings.get("layers") else None
         config = PrefixConfig(**settings)
-        form = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
+        static = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
+        form = make_dynamic(config, static, self.base, self.sites, files.generator_from(tensors))
+        form.requires_grad_(trainable)
         self.configs[name] = replace(config, form="direct") if trainable else config
         self.forms[name], self.headers[name], self.active = form, header, name
         return form
@@ -116,7 +124,8 @@ class PrefixModel(nn.Module):
         return cast(Form, self.forms[name])
 
     def kv(self, name: str) -> KVPrefix:
-        """The finished keys and values of a prefix, in the graph while gradients are on."""
+        """The finished keys and values of a prefix (of a dynamic one the static part), in the graph while gradients
+        are on."""
         return self.form(name)()
 
     def count(self, name: str | None = None) -> int:
@@ -124,9 +133,8 @@ class PrefixModel(nn.Module):
         name = name or self.active
         if name is None:
             return 0
-        form = self.form(name)
         saved = self.headers.get(name)
-        return saved["prefix"]["parameters"] if saved and isinstance(form, Finished) else form.count()
+        return self.form(name).count() or (saved["prefix"]["parameters"] if saved else 0)
 
     def text_limit(self, name: str | None = None) -> int | None:
         """How many tokens of text the base takes behind a prefix; None where its positions have no end."""
@@ -149,50 +157,99 @@ class PrefixModel(nn.Module):
 
     # ---- running
 
-    def forward(self, *args: Any, prefix: str | Sequence[str | None] | None = ACTIVE, **kwargs: Any) -> Any:
-        """The base's forward, every site reading the prefix. Returns what the base returns."""
+    def forward(
+        self,
+        *args: Any,
+        prefix: str | Sequence[str | None] | None = ACTIVE,
+        prompt_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward, every site reading the prefix. Returns what the base returns.
+
+        prompt_mask: `[B, n]`, 1 on the tokens that a dynamic prefix is made from; by default a decoder's before its
+            `labels`, and otherwise all.
+        """
         if torch.is_grad_enabled() and "use_cache" in self._accepts and kwargs.get("past_key_values") is None:
             kwargs.setdefault("use_cache", False)
-        with self.reading(prefix):
+        with self._reading(prefix, prompt_mask=prompt_mask):
             return self.base(*args, **kwargs)
 
     @torch.no_grad()
     def generate(self, *args: Any, prefix: str | Sequence[str | None] | None = ACTIVE, **kwargs: Any) -> Any:
-        """The base's `generate` with all of its arguments, every step reading the prefix."""
-        with self.reading(prefix):
+        """The base's `generate` with all of its arguments, every step reading the prefix; a dynamic one is made from
+        the prompt, once."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        whole = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is None
+        with self._reading(prefix, once=True, whole=whole):
             return cast(Any, self.base).generate(*args, **kwargs)
 
     @contextmanager
     def reading(self, prefix: str | Sequence[str | None] | None = ACTIVE) -> Iterator[None]:
         """While open, calls of the base itself (`model.base(...)`, a pipeline over it) read the prefix too."""
+        with self._reading(prefix):
+            yield
+
+    @contextmanager
+    def _reading(
+        self,
+        prefix: str | Sequence[str | None] | None,
+        prompt_mask: Tensor | None = None,
+        once: bool = False,
+        whole: bool = True,
+    ) -> Iterator[None]:
         prefix = self.active if prefix is ACTIVE else prefix
         names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
         chosen = list(dict.fromkeys(name for name in names if name is not None))
+        for name in chosen:
+            self._check_known(name)
         if not chosen:
             with self._reader.open(None):
                 yield
             return
-        kv = self._mixed(names, chosen)
         kinds = {(self.configs[n].positions, self.configs[n].window) for n in chosen}
         if len(kinds) > 1:
             raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
         ((positions, window),) = kinds
+        kv: KVPrefix | Prompted
+        if any(isinstance(self.form(name), Dynamic) for name in chosen):
+            if not whole:
+                raise InputError("a dynamic prefix is made from the prompt in one piece; leave out prefill_chunk_size.")
+            kv = self._prompted(names, chosen, prompt_mask, once)
+        else:
+            kv = self._mixed(names, chosen)
         if self.base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
         with self._reader.open(kv, after=positions == "after", slides=window == "slides", kernel=self.kernel):
             yield
 
-    def _mixed(self, names: list[str | None], chosen: list[str]) -> KVPrefix:
+    def _prompted(self, names: list[str | None], chosen: list[str], mask: Tensor | None, once: bool) -> Prompted:
+        """The batch's prefix where some of it is made from the prompt."""
+        find = partial(find_prompt, prompt_mask=mask, decoder=self.kind == "decoder", positions=self.can_move_positions)
+        return Prompted(partial(self._mixed, names, chosen), find, self._prompts, once)
+
+    def _mixed(self, names: list[str | None], chosen: list[str], prompt: Prompt | None = None) -> KVPrefix:
         """One prefix for the batch: the only one named, or each row's own."""
-        made = {name: self.kv(name) for name in chosen}
         if len(names) == 1:
-            return made[chosen[0]]
+            return self._made(chosen[0], prompt)
+        if prompt is not None:
+            names = [names[i] for i in rows_for(len(names), len(prompt.mask))]
+        made = {name: self._made(name, prompt, [r for r, n in enumerate(names) if n == name]) for name in chosen}
         if any(kv.sites.keys() != made[chosen[0]].sites.keys() for kv in made.values()):
             raise InputError("prefixes that enter different layers cannot be mixed in one batch.")
         sites = made[chosen[0]].sites.items()
-        nothing = KVPrefix({n: SiteKV(kv.keys[:, :, :0], kv.values[:, :, :0]) for n, kv in sites})
+        nothing = KVPrefix({n: SiteKV(kv.keys[:1, :, :0], kv.values[:1, :, :0]) for n, kv in sites})
         order: list[str | None] = [*chosen, None] if None in names else [*chosen]
         return mix_rows([nothing if n is None else made[n] for n in order], [order.index(n) for n in names])
+
+    def _made(self, name: str, prompt: Prompt | None, rows: list[int] | None = None) -> KVPrefix:
+        """A prefix for the rows of the prompt, or for `rows` of them; of a static one for all alike."""
+        form = self.form(name)
+        if prompt is None or not isinstance(form, Dynamic):
+            return form()
+        if form.layer not in prompt.pooled:
+            prompt.pooled[form.layer] = pool(self.base, self.sites, prompt, form.layer)
+        pooled = prompt.pooled[form.layer]
+        return form(pooled if rows is None else pooled[rows])
 
     # ---- training
 
@@ -248,7 +305,10 @@ class PrefixModel(nn.Module):
         name = name or self.active
         if name is None:
             raise InputError("there is no active prefix to save; name one.")
-        files.write(directory, self.header(name, task, training), {**files.kv_tensors(self.kv(name)), **(extra or {})})
+        form = self.form(name)
+        generator = files.generator_tensors(form.generator_state()) if isinstance(form, Dynamic) else {}
+        tensors = {**files.kv_tensors(self.kv(name)), **generator, **(extra or {})}
+        files.write(directory, self.header(name, task, training), tensors)
 
     @classmethod
     def from_pretrained(

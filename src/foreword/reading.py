@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_in
 Installed = list[tuple[nn.Module, ReadPrefix | None]]
 
 
+class Source(Protocol):
+    """A prefix that depends on what the base is called with."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KVPrefix:
+        """The prefix for a call with these arguments; the base reads nothing meanwhile."""
+
+    def remember(self, output: Any) -> None:
+        """Told of what each call of the base returned."""
+
+
 class Reader:
     """What makes the calls of one base read a prefix."""
 
@@ -33,7 +43,7 @@ class Reader:
 
     @contextmanager
     def open(
-        self, kv: KVPrefix | None, *, after: bool = False, slides: bool = False, kernel: Kernel = "auto"
+        self, kv: KVPrefix | Source | None, *, after: bool = False, slides: bool = False, kernel: Kernel = "auto"
     ) -> Iterator[None]:
         """While open, every call of the base reads `kv`, or nothing where it is None, inside another `open` too.
 
@@ -55,26 +65,42 @@ class Reader:
             self._innermost = outer
             self._installed = []
 
-    def _hook(self, stack: ExitStack, this: object, kv: KVPrefix, after: bool, slides: bool, kernel: Kernel) -> None:
+    def _hook(
+        self, stack: ExitStack, this: object, kv: KVPrefix | Source, after: bool, slides: bool, kernel: Kernel
+    ) -> None:
+        encoder = self._base.get_encoder() if self._base.config.is_encoder_decoder else None
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._innermost is not this:
                 return None
-            return args, self._install(kv, after, slides, kernel, args, kwargs)
+            if isinstance(kv, KVPrefix):
+                return args, self._install(kv, after, slides, kernel, args, kwargs)
+            if module is self._base and encoder is not None and kwargs.get("encoder_outputs") is None:
+                return None  # the call of the encoder that follows brings the prompt
+            with self.open(None):
+                made = kv(args, kwargs)
+            return args, self._install(made, after, slides, kernel, args, kwargs)
 
-        encoder = [self._base.get_encoder()] if self._base.config.is_encoder_decoder else []
-        for module in (self._base, *encoder):  # `generate` calls the encoder by itself
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
+            if self._innermost is this and not isinstance(kv, KVPrefix):
+                kv.remember(output)
+
+        if not isinstance(kv, KVPrefix):
+            stack.callback(self._base.register_forward_hook(remember).remove)
+        for module in (self._base, encoder):  # `generate` calls the encoder by itself
+            if module is not None:
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
 
     def _install(
         self, kv: KVPrefix, after: bool, slides: bool, kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Before each forward of the base: put on every site what it is to read; returns the arguments to call with."""
-        text = _text(args, kwargs)
+        text = text_of(args, kwargs)
         kv = _for_rows(kv, text.shape[0])
         kwargs = self._without_dropped_queries(text, kwargs)
         if after:
             offset = kv.length if kv.lengths is None else kv.lengths[:, None]
-            kwargs = {**kwargs, "position_ids": _positions(text, kwargs) + offset}
+            kwargs = {**kwargs, "position_ids": positions_of(text, kwargs) + offset}
         self._installed = []
         for site in self._sites:
             if site.name in kv.sites:
@@ -115,7 +141,7 @@ class Reader:
         return nullcontext(), self._holding(list(self._installed)) if self._installed else nullcontext()
 
 
-def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def text_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The ids or embeddings that a call of the base was given; the decoder's where its encoder has run already."""
     given = (args[0] if args else None, *(kwargs.get(name) for name in TEXT_ARGUMENTS))
     return next(text for text in given if text is not None)
@@ -125,17 +151,19 @@ def _for_rows(kv: KVPrefix, rows: int) -> KVPrefix:
     """`kv` for a batch of `rows`: each row's own prefix repeated where beams multiplied the rows."""
     if kv.rows in (1, rows):
         return kv
-    if rows % kv.rows:
-        raise InputError(f"the batch has {rows} rows, but prefixes were named for {kv.rows}.")
-    times = rows // kv.rows
-    sites = {
-        name: SiteKV(site.keys.repeat_interleave(times, 0), site.values.repeat_interleave(times, 0))
-        for name, site in kv.sites.items()
-    }
-    return KVPrefix(sites, None if kv.lengths is None else kv.lengths.repeat_interleave(times))
+    index = torch.tensor(rows_for(kv.rows, rows), device=next(iter(kv.sites.values())).keys.device)
+    sites = {name: SiteKV(site.keys[index], site.values[index]) for name, site in kv.sites.items()}
+    return KVPrefix(sites, None if kv.lengths is None else kv.lengths[index])
 
 
-def _positions(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def rows_for(named: int, rows: int) -> list[int]:
+    """Which of `named` prefixes each of `rows` reads: its own, also where beams multiplied the rows."""
+    if rows % named:
+        raise InputError(f"the batch has {rows} rows, but prefixes were named for {named}.")
+    return [row * named // rows for row in range(rows)]
+
+
+def positions_of(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Position ids `[B, n]` of the tokens at hand, counted from 0 at each row's first real token."""
     given = kwargs.get("position_ids")
     if given is not None:

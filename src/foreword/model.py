@@ -105,6 +105,15 @@ class PrefixModel(nn.Module):
         self.forms[name], self.headers[name], self.active = form, header, name
         return form
 
+    def put(self, name: str, kv: KVPrefix, like: str) -> Form:
+        """Name finished keys and values and activate them; they are read as the prefix `like` is."""
+        self._check_new(name)
+        self._check_known(like)
+        form = Finished(kv.to(self.base.device))
+        self.configs[name] = replace(self.configs[like], length=form.length, form="direct", dynamic=None)
+        self.forms[name], self.active = form, name
+        return form
+
     def remove(self, name: str) -> None:
         """Drop a prefix from the bank."""
         self._check_known(name)

@@ -230,6 +230,19 @@ def capture(base: PreTrainedModel, sites: list[Site], ids: Tensor) -> Capture:
     return Capture(KVPrefix({site.name: kv[site.name] for site in sites}), hidden, calls, shared)
 
 
+def keys_at(base: PreTrainedModel, sites: list[Site], ids: Tensor, position: int) -> dict[str, SiteKV]:
+    """Keys and values of single tokens `[n, 1]`, each alone at `position`, by site. No gradient."""
+    names = {id(site.module): site.name for site in sites}
+    found: dict[str, SiteKV] = {}
+
+    def listener(module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
+        found[names[id(module)]] = SiteKV(key.clone(), value.clone())
+
+    with _evaluating(base), torch.no_grad(), routed(base), listening(listener):
+        base(**run_inputs(base, ids), position_ids=torch.full_like(ids, position))
+    return found
+
+
 class _ReachedError(Exception):
     """The model has run as far as was asked."""
 

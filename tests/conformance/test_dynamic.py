@@ -148,6 +148,7 @@ def test_save_and_load_are_equal(family: Family, dynamic: str, form: str, tmp_pa
         assert torch.equal(loaded(**batch, prefix="p").logits, finished)
         loaded.save_pretrained(tmp_path / "again", "p")
         loaded.load(tmp_path / "again", "again")
+        loaded.activate("p")
         assert torch.equal(loaded(**batch, prefix="again").logits, finished)
     train(loaded, family, batch, steps=1)
     with torch.no_grad():

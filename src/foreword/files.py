@@ -35,7 +35,10 @@ def fingerprint(base: nn.Module) -> str:
     Values are compared in bfloat16, so a base has one fingerprint in float32 and in bfloat16.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(base.named_parameters()):
+    for name, parameter in sorted(base.named_parameters(), key=lambda item: item[0].replace(".base_layer.", ".")):
+        if ".lora_" in name:  # PEFT's, on the base and not of it
+            continue
+        name = name.replace(".base_layer.", ".")
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

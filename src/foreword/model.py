@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +25,10 @@ from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
 from .prompts import Prompt, Prompted, find_prompt
 from .reading import Reader, rows_for
-from .sites import find_sites, moves_positions
+from .sites import find_sites, moves_positions, routed
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+FormT = TypeVar("FormT", bound=Form)
 ACTIVE: Any = object()  # the default of `prefix=`: whichever prefix is active
 
 
@@ -58,6 +59,9 @@ class PrefixModel(nn.Module):
         self.configs: dict[str, PrefixConfig] = {}
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
+        self.fingerprint = files.fingerprint(base)  # of the bare base, whatever is put on it or merged into it later
+        self.parts = nn.ModuleDict()  # what `foreword.combine` puts on the base, and its settings
+        self.combined: dict[str, Any] = {}
         self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # of caches, for dynamic prefixes
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._register_state_dict_hook(_without_base)
@@ -88,12 +92,16 @@ class PrefixModel(nn.Module):
         header, tensors = files.read(directory)
         name = name or re.sub(r"[^A-Za-z0-9_-]", "-", Path(directory).resolve().name)[:64].strip("-_") or "prefix"
         self._check_new(name)
-        own = files.fingerprint(self.base)
+        own = self.fingerprint
         if header["base"]["fingerprint"] != own:
             raise InputError(
                 f"{directory} was trained for {header['base']['id']} (fingerprint {header['base']['fingerprint']}), "
                 f"not for this base ({self.base_id}, fingerprint {own}); load it on its own base."
             )
+        if header.get("combined"):
+            from . import combine
+
+            combine.restore(self, header["combined"], tensors, trainable)
         kv = files.kv_from(header, tensors).to(self.base.device)
         settings = {k: v for k, v in header["prefix"].items() if k in PrefixConfig.__dataclass_fields__}
         settings["layers"] = tuple(settings["layers"]) if settings.get("layers") else None
@@ -107,10 +115,14 @@ class PrefixModel(nn.Module):
 
     def put(self, name: str, kv: KVPrefix, like: str) -> Form:
         """Name finished keys and values and activate them; they are read as the prefix `like` is."""
-        self._check_new(name)
         self._check_known(like)
-        form = Finished(kv.to(self.base.device))
-        self.configs[name] = replace(self.configs[like], length=form.length, form="direct", dynamic=None)
+        config = replace(self.configs[like], form="direct", dynamic=None)
+        return self.hold(name, Finished(kv.to(self.base.device)), config)
+
+    def hold(self, name: str, form: FormT, config: PrefixConfig) -> FormT:
+        """Name a form that was made elsewhere, read as `config` says, and activate it."""
+        self._check_new(name)
+        self.configs[name] = replace(config, length=form.length)
         self.forms[name], self.active = form, name
         return form
 
@@ -218,7 +230,6 @@ class PrefixModel(nn.Module):
         kinds = {(self.configs[n].positions, self.configs[n].window) for n in chosen}
         if len(kinds) > 1:
             raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
-        ((positions, window),) = kinds
         kv: KVPrefix | Prompted
         if any(isinstance(self.form(name), Dynamic) for name in chosen):
             if not whole:
@@ -228,7 +239,18 @@ class PrefixModel(nn.Module):
             kv = self._mixed(names, chosen)
         if self.base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
-        with self._reader.open(kv, after=positions == "after", slides=window == "slides", kernel=self.kernel):
+        with self.routed(kv, self.configs[chosen[0]]):
+            yield
+
+    @contextmanager
+    def routed(self, kv: KVPrefix | Prompted | None, config: PrefixConfig) -> Iterator[None]:
+        """While open, calls of the base read `kv` as `config` says, or nothing but through the same attention."""
+        if kv is None:
+            with self._reader.open(None), routed(self.base):
+                yield
+            return
+        after, slides = config.positions == "after", config.window == "slides"
+        with self._reader.open(kv, after=after, slides=slides, kernel=self.kernel):
             yield
 
     def _prompted(self, names: list[str | None], chosen: list[str], mask: Tensor | None, once: bool) -> Prompted:
@@ -282,7 +304,7 @@ class PrefixModel(nn.Module):
         return {
             "base": {
                 "id": self.base_id,
-                "fingerprint": files.fingerprint(self.base),
+                "fingerprint": self.fingerprint,
                 "model": type(self.base).__name__,
                 "parameters": sum(p.numel() for p in self.base.parameters()),
             },
@@ -296,6 +318,7 @@ class PrefixModel(nn.Module):
                 }
                 for n, s in kv.sites.items()
             ],
+            "combined": self.combined or None,
             "task": task,
             "training": training,
         }
@@ -317,6 +340,10 @@ class PrefixModel(nn.Module):
         form = self.form(name)
         generator = files.generator_tensors(form.generator_state()) if isinstance(form, Dynamic) else {}
         tensors = {**files.kv_tensors(self.kv(name)), **generator, **(extra or {})}
+        if self.combined:
+            from . import combine
+
+            tensors |= combine.tensors(self)
         files.write(directory, self.header(name, task, training), tensors)
 
     @classmethod
@@ -379,5 +406,5 @@ class _Bank(nn.ModuleDict):
 
 def _without_base(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     """A state dict holds what was learned; the frozen base stays where it came from."""
-    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+    for key in [key for key in state if key.startswith(f"{prefix}base.") and ".lora_" not in key]:
         del state[key]

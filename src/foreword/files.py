@@ -1,5 +1,8 @@
 """The saved directory: prefix.json, prefix.safetensors and a model card. No pickle anywhere.
 
+Of a dynamic prefix (`prefix.dynamic` in the header is not null) the sites' tensors are the static part alone and the
+tensors named `dynamic.` are what changes it; an engine that takes only keys and values must refuse it.
+
 A directory is written beside its place and renamed into it. `prefix.json` holds the digest of the tensors, so that a
 damaged or mixed-up pair is refused. `fingerprint` tells bases apart by a sample of every weight.
 """
@@ -32,7 +35,10 @@ def fingerprint(base: nn.Module) -> str:
     Values are compared in bfloat16, so a base has one fingerprint in float32 and in bfloat16.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(base.named_parameters()):
+    for name, parameter in sorted(base.named_parameters(), key=lambda item: item[0].replace(".base_layer.", ".")):
+        if ".lora_" in name:  # PEFT's, on the base and not of it
+            continue
+        name = name.replace(".base_layer.", ".")
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -156,6 +162,16 @@ def kv_from(header: dict[str, Any], tensors: dict[str, Tensor]) -> KVPrefix:
     """The inverse of `kv_tensors`."""
     names = [site["name"] for site in header["sites"]]
     return KVPrefix({n: SiteKV(tensors[f"{n}.keys"][None], tensors[f"{n}.values"][None]) for n in names})
+
+
+def generator_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that `prefix.safetensors` holds for what makes a prefix dynamic, by `dynamic.name`."""
+    return {f"dynamic.{name}": tensor for name, tensor in state.items()}
+
+
+def generator_from(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `generator_tensors`."""
+    return {name.removeprefix("dynamic."): t for name, t in tensors.items() if name.startswith("dynamic.")}
 
 
 def _digest(path: Path) -> str:

@@ -37,11 +37,14 @@ class PrefixConfig:
     length: P, virtual tokens; by default the instruction's own length, else 16.
     start: `instruction`, `vocabulary` or `random`; by default the instruction if there is one, else vocabulary.
     instruction: the text whose keys and values are where training starts.
-    frozen_tokens: how many first tokens stay as they start (the attention sink); `direct` and `mlp` only.
+    frozen_tokens: how many first tokens stay as they start (the attention sink); not in `projected`.
     mlp_size: width of the hidden layer of `mlp`.
     layers: which of the base's layers the prefix enters; all by default.
     window: in sliding-window layers the prefix stays `visible`, or `slides` out as real tokens would.
     positions: text comes `after` the prefix's positions or is `kept` at 0; by default after, where the base allows.
+    dynamic: how the prompt changes its own row's prefix: `low_rank`, `mixture` or `gates` (`foreword.dynamic`).
+    dynamic_size: changes in `low_rank`, prefixes in `mixture`.
+    dynamic_layer: whose input is the reading of the prompt, 0 for the input embeddings; by default 2.
     seed: of the random start.
     """
 
@@ -54,6 +57,9 @@ class PrefixConfig:
     layers: tuple[int, ...] | None = None
     window: Literal["visible", "slides"] = "visible"
     positions: Literal["after", "kept"] | None = None
+    dynamic: Literal["low_rank", "mixture", "gates"] | None = None
+    dynamic_size: int = 4
+    dynamic_layer: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +77,12 @@ class PrefixConfig:
             raise InputError(f"frozen_tokens must be 0 or more, not {self.frozen_tokens}.")
         if self.mlp_size < 1:
             raise InputError(f"mlp_size must be at least 1, not {self.mlp_size}.")
+        if self.dynamic not in (None, *DYNAMIC):
+            raise InputError(f"dynamic {self.dynamic!r} is unknown; choose one of {', '.join(DYNAMIC)}.")
+        if self.dynamic_size < 1:
+            raise InputError(f"dynamic_size must be at least 1, not {self.dynamic_size}.")
+        if self.dynamic_layer is not None and self.dynamic_layer < 0:
+            raise InputError(f"dynamic_layer must be 0 or more, not {self.dynamic_layer}.")
 
     @property
     def chosen_start(self) -> str:
@@ -203,6 +215,7 @@ class Finished(Form):
 
 
 FORMS = ("direct", "projected", "mlp")
+DYNAMIC = ("low_rank", "mixture", "gates")
 
 
 def make_form(config: PrefixConfig, base: PreTrainedModel, sites: list[Site], tokenizer: Any) -> Form:

@@ -74,15 +74,18 @@ class KVPrefix:
 def mix_rows(prefixes: Sequence[KVPrefix], rows: Sequence[int]) -> KVPrefix:
     """One prefix whose row r is `prefixes[rows[r]]`; shorter ones are padded at the end and `lengths` says where.
 
-    Raises ValueError when the prefixes enter different sites or one of them already differs by row.
+    A prefix that differs by row gives its rows in their order to the rows that name it.
+    Raises ValueError when the prefixes enter different sites or one has not as many rows as name it.
     """
-    if any(p.rows != 1 for p in prefixes):
-        raise ValueError("only prefixes that a whole batch can share can be mixed by row")
+    if any(p.rows not in (1, rows.count(i)) or p.lengths is not None for i, p in enumerate(prefixes)):
+        raise ValueError("only prefixes that a whole batch can share, or one per row, can be mixed by row")
     if any(p.sites.keys() != prefixes[0].sites.keys() for p in prefixes):
         raise ValueError("prefixes that enter different sites cannot be mixed in one batch")
     longest = max(p.length for p in prefixes)
     device = next(iter(prefixes[0].sites.values())).keys.device
-    index = torch.tensor(rows, device=device)
+    first = [sum(p.rows for p in prefixes[:i]) for i in range(len(prefixes))]
+    place = [first[i] + (rows[:r].count(i) if prefixes[i].rows > 1 else 0) for r, i in enumerate(rows)]
+    index = torch.tensor(place, device=device)
 
     def gather(tensors: list[Tensor]) -> Tensor:
         padded = [torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors]
@@ -92,5 +95,5 @@ def mix_rows(prefixes: Sequence[KVPrefix], rows: Sequence[int]) -> KVPrefix:
         name: SiteKV(gather([p.sites[name].keys for p in prefixes]), gather([p.sites[name].values for p in prefixes]))
         for name in prefixes[0].sites
     }
-    lengths = torch.tensor([p.length for p in prefixes], device=device)[index]
+    lengths = torch.tensor([prefixes[i].length for i in rows], device=device)
     return KVPrefix(sites, None if bool((lengths == longest).all()) else lengths)

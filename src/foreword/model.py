@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,16 @@ from transformers import PreTrainedModel
 from . import files
 from .attention import Kernel
 from .bases import load_base
+from .dynamic import Dynamic, make_dynamic, pool
 from .errors import InputError
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
-from .reading import Reader
-from .sites import evaluating, find_sites, first_output, moves_positions, probe_inputs
+from .prompts import Prompt, Prompted, find_prompt
+from .reading import Reader, rows_for
+from .sites import evaluating, find_sites, first_output, moves_positions, probe_inputs, routed
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+FormT = TypeVar("FormT", bound=Form)
 ACTIVE: Any = object()  # the default of `prefix=`: whichever prefix is active
 Named = str | Sequence[str | None] | None
 
@@ -57,6 +61,10 @@ class PrefixModel(nn.Module):
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
         self._padded = False
+        self.fingerprint = files.fingerprint(base)  # of the bare base, whatever is put on it or merged into it later
+        self.parts = nn.ModuleDict()  # what `foreword.combine` puts on the base, and its settings
+        self.combined: dict[str, Any] = {}
+        self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # of caches, for dynamic prefixes
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._register_state_dict_hook(_without_base)
 
@@ -68,7 +76,7 @@ class PrefixModel(nn.Module):
         config = replace(config or PrefixConfig(), **settings)
         if config.positions == "after" and not self.can_move_positions:
             raise InputError(f"{type(self.base).__name__} cannot move its positions; use positions='kept'.")
-        form = make_form(config, self.base, self.sites, self.tokenizer)
+        form = make_dynamic(config, make_form(config, self.base, self.sites, self.tokenizer), self.base, self.sites)
         positions = config.positions or ("after" if self.can_move_positions else "kept")
         if config.window == "slides" and positions == "kept":
             raise InputError("a prefix can slide out of the window only where text comes after it (positions='after').")
@@ -78,26 +86,46 @@ class PrefixModel(nn.Module):
         return form
 
     def load(self, directory: str | Path, name: str | None = None, *, trainable: bool = False) -> Form:
-        """Load a saved prefix and activate it; `trainable` goes on training its keys and values (form `direct`).
+        """Load a saved prefix and activate it; `trainable` goes on training its keys and values (form `direct`), and
+        what makes them dynamic.
 
         Raises InputError when the directory is damaged or the prefix belongs to another base.
         """
         header, tensors = files.read(directory)
         name = name or re.sub(r"[^A-Za-z0-9_-]", "-", Path(directory).resolve().name)[:64].strip("-_") or "prefix"
         self._check_new(name)
-        own = files.fingerprint(self.base)
+        own = self.fingerprint
         if header["base"]["fingerprint"] != own:
             raise InputError(
                 f"{directory} was trained for {header['base']['id']} (fingerprint {header['base']['fingerprint']}), "
                 f"not for this base ({self.base_id}, fingerprint {own}); load it on its own base."
             )
+        if header.get("combined"):
+            from . import combine
+
+            combine.restore(self, header["combined"], tensors, trainable)
         kv = files.kv_from(header, tensors).to(self.base.device)
         settings = {k: v for k, v in header["prefix"].items() if k in PrefixConfig.__dataclass_fields__}
         settings["layers"] = tuple(settings["layers"]) if settings.get("layers") else None
         config = PrefixConfig(**settings)
-        form = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
+        static = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
+        form = make_dynamic(config, static, self.base, self.sites, files.generator_from(tensors))
+        form.requires_grad_(trainable)
         self.configs[name] = replace(config, form="direct") if trainable else config
         self.forms[name], self.headers[name], self.active = form, header, name
+        return form
+
+    def put(self, name: str, kv: KVPrefix, like: str) -> Form:
+        """Name finished keys and values and activate them; they are read as the prefix `like` is."""
+        self._check_known(like)
+        config = replace(self.configs[like], form="direct", dynamic=None)
+        return self.hold(name, Finished(kv.to(self.base.device)), config)
+
+    def hold(self, name: str, form: FormT, config: PrefixConfig) -> FormT:
+        """Name a form that was made elsewhere, read as `config` says, and activate it."""
+        self._check_new(name)
+        self.configs[name] = replace(config, length=form.length)
+        self.forms[name], self.active = form, name
         return form
 
     def remove(self, name: str) -> None:
@@ -119,7 +147,8 @@ class PrefixModel(nn.Module):
         return cast(Form, self.forms[name])
 
     def kv(self, name: str) -> KVPrefix:
-        """The finished keys and values of a prefix, in the graph while gradients are on."""
+        """The finished keys and values of a prefix (of a dynamic one the static part), in the graph while gradients
+        are on."""
         return self.form(name)()
 
     def count(self, name: str | None = None) -> int:
@@ -127,9 +156,8 @@ class PrefixModel(nn.Module):
         name = name or self.active
         if name is None:
             return 0
-        form = self.form(name)
         saved = self.headers.get(name)
-        return saved["prefix"]["parameters"] if saved and isinstance(form, Finished) else form.count()
+        return self.form(name).count() or (saved["prefix"]["parameters"] if saved else 0)
 
     def text_limit(self, name: str | None = None) -> int | None:
         """How many tokens of text the base takes behind a prefix; None where its positions have no end."""
@@ -152,21 +180,33 @@ class PrefixModel(nn.Module):
 
     # ---- running
 
-    def forward(self, *args: Any, prefix: Named = ACTIVE, packed: Sequence[int] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        prefix: Named = ACTIVE,
+        packed: Sequence[int] | None = None,
+        prompt_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """The base's forward, every site reading the prefix. Returns what the base returns.
 
         packed: the lengths of rows that lie one behind another in one sequence `[1, sum]`, so that nothing is padded.
+        prompt_mask: `[B, n]`, 1 on the tokens that a dynamic prefix is made from; by default a decoder's before its
+            `labels`, and otherwise all.
         """
         uncached = torch.is_grad_enabled() or packed is not None
         if uncached and "use_cache" in self._accepts and kwargs.get("past_key_values") is None:
             kwargs.setdefault("use_cache", False)
-        with self.reading(prefix, packed):
+        with self._reading(prefix, packed, prompt_mask=prompt_mask):
             return self.base(*args, **kwargs)
 
     def packs(self, prefix: Named = ACTIVE) -> bool:
-        """Whether rows that read `prefix` can be packed: some prefix is read, `can_pack`, and none slides away."""
+        """Whether rows that read `prefix` can be packed: some prefix is read, `can_pack`, none slides or is dynamic."""
         chosen = self._names(prefix)[1]
-        return bool(chosen) and not self._padded and self.can_pack and all(self.configs[name].window == "visible" for name in chosen)
+        return bool(chosen) and not self._padded and self.can_pack and all(self._packs(name) for name in chosen)
+
+    def _packs(self, name: str) -> bool:
+        return self.configs[name].window == "visible" and not isinstance(self.form(name), Dynamic)
 
     @contextmanager
     def padded(self) -> Iterator[None]:
@@ -197,8 +237,11 @@ class PrefixModel(nn.Module):
 
     @torch.no_grad()
     def generate(self, *args: Any, prefix: Named = ACTIVE, **kwargs: Any) -> Any:
-        """The base's `generate` with all of its arguments, every step reading the prefix."""
-        with self.reading(prefix):
+        """The base's `generate` with all of its arguments, every step reading the prefix; a dynamic one is made from
+        the prompt, once."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        whole = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is None
+        with self._reading(prefix, once=True, whole=whole):
             return cast(Any, self.base).generate(*args, **kwargs)
 
     @contextmanager
@@ -207,23 +250,54 @@ class PrefixModel(nn.Module):
 
         packed: as `forward` takes it; each call must then hold just these rows.
         """
+        with self._reading(prefix, packed):
+            yield
+
+    @contextmanager
+    def _reading(
+        self,
+        prefix: Named,
+        packed: Sequence[int] | None = None,
+        prompt_mask: Tensor | None = None,
+        once: bool = False,
+        whole: bool = True,
+    ) -> Iterator[None]:
         names, chosen = self._names(prefix)
+        for name in chosen:
+            self._check_known(name)
         if not chosen:
             nothing = None if packed is None else KVPrefix({s.name: s.nothing(self.base) for s in self.sites})
             with self._reader.open(nothing, lengths=packed):
                 yield
             return
-        kv = self._mixed(names, chosen)
         kinds = {(self.configs[n].positions, self.configs[n].window) for n in chosen}
         if len(kinds) > 1:
             raise InputError("prefixes that differ in `positions` or `window` cannot be mixed in one batch.")
-        ((positions, window),) = kinds
-        slides = window == "slides"
-        if packed is not None and slides:
-            raise InputError("rows cannot be packed behind a prefix that slides out of the window; pad them.")
+        if packed is not None and not all(self._packs(name) for name in chosen):
+            raise InputError("rows cannot be packed behind a prefix that slides or is dynamic; pad them.")
+        kv: KVPrefix | Prompted
+        if any(isinstance(self.form(name), Dynamic) for name in chosen):
+            if not whole:
+                raise InputError("a dynamic prefix is made from the prompt in one piece; leave out prefill_chunk_size.")
+            kv = self._prompted(names, chosen, prompt_mask, once)
+        else:
+            kv = self._mixed(names, chosen)
         if self.base.is_activation_checkpointing:
             self.gradient_checkpointing_enable()
-        with self._reader.open(kv, after=positions == "after", slides=slides, kernel=self.kernel, lengths=packed):
+        with self.routed(kv, self.configs[chosen[0]], packed):
+            yield
+
+    @contextmanager
+    def routed(
+        self, kv: KVPrefix | Prompted | None, config: PrefixConfig, packed: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """While open, calls of the base read `kv` as `config` says, or nothing but through the same attention."""
+        if kv is None:
+            with self._reader.open(None), routed(self.base):
+                yield
+            return
+        after, slides = config.positions == "after", config.window == "slides"
+        with self._reader.open(kv, after=after, slides=slides, kernel=self.kernel, lengths=packed):
             yield
 
     def _names(self, prefix: Named) -> tuple[list[str | None], list[str]]:
@@ -232,17 +306,34 @@ class PrefixModel(nn.Module):
         names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
         return names, list(dict.fromkeys(name for name in names if name is not None))
 
-    def _mixed(self, names: list[str | None], chosen: list[str]) -> KVPrefix:
+    def _prompted(self, names: list[str | None], chosen: list[str], mask: Tensor | None, once: bool) -> Prompted:
+        """The batch's prefix where some of it is made from the prompt."""
+        find = partial(find_prompt, prompt_mask=mask, decoder=self.kind == "decoder", positions=self.can_move_positions)
+        return Prompted(partial(self._mixed, names, chosen), find, self._prompts, once)
+
+    def _mixed(self, names: list[str | None], chosen: list[str], prompt: Prompt | None = None) -> KVPrefix:
         """One prefix for the batch: the only one named, or each row's own."""
-        made = {name: self.kv(name) for name in chosen}
         if len(names) == 1:
-            return made[chosen[0]]
+            return self._made(chosen[0], prompt)
+        if prompt is not None:
+            names = [names[i] for i in rows_for(len(names), len(prompt.mask))]
+        made = {name: self._made(name, prompt, [r for r, n in enumerate(names) if n == name]) for name in chosen}
         if any(kv.sites.keys() != made[chosen[0]].sites.keys() for kv in made.values()):
             raise InputError("prefixes that enter different layers cannot be mixed in one batch.")
         sites = made[chosen[0]].sites.items()
-        nothing = KVPrefix({n: SiteKV(kv.keys[:, :, :0], kv.values[:, :, :0]) for n, kv in sites})
+        nothing = KVPrefix({n: SiteKV(kv.keys[:1, :, :0], kv.values[:1, :, :0]) for n, kv in sites})
         order: list[str | None] = [*chosen, None] if None in names else [*chosen]
         return mix_rows([nothing if n is None else made[n] for n in order], [order.index(n) for n in names])
+
+    def _made(self, name: str, prompt: Prompt | None, rows: list[int] | None = None) -> KVPrefix:
+        """A prefix for the rows of the prompt, or for `rows` of them; of a static one for all alike."""
+        form = self.form(name)
+        if prompt is None or not isinstance(form, Dynamic):
+            return form()
+        if form.layer not in prompt.pooled:
+            prompt.pooled[form.layer] = pool(self.base, self.sites, prompt, form.layer)
+        pooled = prompt.pooled[form.layer]
+        return form(pooled if rows is None else pooled[rows])
 
     # ---- training
 
@@ -266,7 +357,7 @@ class PrefixModel(nn.Module):
         return {
             "base": {
                 "id": self.base_id,
-                "fingerprint": files.fingerprint(self.base),
+                "fingerprint": self.fingerprint,
                 "model": type(self.base).__name__,
                 "parameters": sum(p.numel() for p in self.base.parameters()),
             },
@@ -280,6 +371,7 @@ class PrefixModel(nn.Module):
                 }
                 for n, s in kv.sites.items()
             ],
+            "combined": self.combined or None,
             "task": task,
             "training": training,
         }
@@ -298,7 +390,14 @@ class PrefixModel(nn.Module):
         name = name or self.active
         if name is None:
             raise InputError("there is no active prefix to save; name one.")
-        files.write(directory, self.header(name, task, training), {**files.kv_tensors(self.kv(name)), **(extra or {})})
+        form = self.form(name)
+        generator = files.generator_tensors(form.generator_state()) if isinstance(form, Dynamic) else {}
+        tensors = {**files.kv_tensors(self.kv(name)), **generator, **(extra or {})}
+        if self.combined:
+            from . import combine
+
+            tensors |= combine.tensors(self)
+        files.write(directory, self.header(name, task, training), tensors)
 
     @classmethod
     def from_pretrained(
@@ -360,5 +459,5 @@ class _Bank(nn.ModuleDict):
 
 def _without_base(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     """A state dict holds what was learned; the frozen base stays where it came from."""
-    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+    for key in [key for key in state if key.startswith(f"{prefix}base.") and ".lora_" not in key]:
         del state[key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ class _Manner:
     lengths: Sequence[int] | None
 
 
+class Source(Protocol):
+    """A prefix that depends on what the base is called with."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KVPrefix:
+        """The prefix for a call with these arguments; the base reads nothing meanwhile."""
+
+    def remember(self, output: Any) -> None:
+        """Told of what each call of the base returned."""
+
+
 class Reader:
     """What makes the calls of one base read a prefix."""
 
@@ -46,7 +56,7 @@ class Reader:
     @contextmanager
     def open(
         self,
-        kv: KVPrefix | None,
+        kv: KVPrefix | Source | None,
         *,
         after: bool = False,
         slides: bool = False,
@@ -74,22 +84,36 @@ class Reader:
             self._innermost = outer
             self._installed = []
 
-    def _hook(self, stack: ExitStack, this: object, kv: KVPrefix, manner: _Manner) -> None:
+    def _hook(self, stack: ExitStack, this: object, kv: KVPrefix | Source, manner: _Manner) -> None:
+        encoder = self._base.get_encoder() if self._base.config.is_encoder_decoder else None
+
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._innermost is not this:
                 return None
-            return args, self._install(kv, manner, args, kwargs)
+            if isinstance(kv, KVPrefix):
+                return args, self._install(kv, manner, args, kwargs)
+            if module is self._base and encoder is not None and kwargs.get("encoder_outputs") is None:
+                return None  # the call of the encoder that follows brings the prompt
+            with self.open(None):
+                made = kv(args, kwargs)
+            return args, self._install(made, manner, args, kwargs)
 
-        encoder = [self._base.get_encoder()] if self._base.config.is_encoder_decoder else []
-        for module in (self._base, *encoder):  # `generate` calls the encoder by itself
-            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
+            if self._innermost is this and not isinstance(kv, KVPrefix):
+                kv.remember(output)
+
+        if not isinstance(kv, KVPrefix):
+            stack.callback(self._base.register_forward_hook(remember).remove)
+        for module in (self._base, encoder):  # `generate` calls the encoder by itself
+            if module is not None:
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         head = self._base.get_output_embeddings()
         if head is not None:  # a frozen layer over sliced hidden states would expand its weight for every row
             stack.callback(head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:])).remove)
 
     def _install(self, kv: KVPrefix, manner: _Manner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Before each forward of the base: put on every site what it is to read; returns the arguments to call with."""
-        text = _text(args, kwargs)
+        text = text_of(args, kwargs)
         if manner.lengths is not None:
             kwargs = self._install_packed(kv, manner, tuple(manner.lengths), text, kwargs)
         else:
@@ -102,7 +126,7 @@ class Reader:
         kwargs = self._without_dropped_queries(text, kwargs)
         if manner.after:
             offset = kv.length if kv.lengths is None else kv.lengths[:, None]
-            kwargs = {**kwargs, "position_ids": _positions(text, kwargs) + offset}
+            kwargs = {**kwargs, "position_ids": positions_of(text, kwargs) + offset}
         self._installed = []
         for site in self._sites:
             if site.name in kv.sites:
@@ -165,7 +189,7 @@ class Reader:
         return nullcontext(), self._holding(list(self._installed)) if self._installed else nullcontext()
 
 
-def _text(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def text_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The ids or embeddings that a call of the base was given; the decoder's where its encoder has run already."""
     given = (args[0] if args else None, *(kwargs.get(name) for name in TEXT_ARGUMENTS))
     return next(text for text in given if text is not None)
@@ -175,22 +199,24 @@ def _for_rows(kv: KVPrefix, rows: int) -> KVPrefix:
     """`kv` for a batch of `rows`: each row's own prefix repeated where beams multiplied the rows."""
     if kv.rows in (1, rows):
         return kv
-    if rows % kv.rows:
-        raise InputError(f"the batch has {rows} rows, but prefixes were named for {kv.rows}.")
-    times = rows // kv.rows
-    sites = {
-        name: SiteKV(site.keys.repeat_interleave(times, 0), site.values.repeat_interleave(times, 0))
-        for name, site in kv.sites.items()
-    }
-    return KVPrefix(sites, None if kv.lengths is None else kv.lengths.repeat_interleave(times))
+    index = torch.tensor(rows_for(kv.rows, rows), device=next(iter(kv.sites.values())).keys.device)
+    sites = {name: SiteKV(site.keys[index], site.values[index]) for name, site in kv.sites.items()}
+    return KVPrefix(sites, None if kv.lengths is None else kv.lengths[index])
 
 
 def text_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Position ids `[B, n]` that the base would give the tokens of such a call: those given, or counted."""
-    return _positions(_text(args, kwargs), kwargs)
+    return positions_of(text_of(args, kwargs), kwargs)
 
 
-def _positions(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def rows_for(named: int, rows: int) -> list[int]:
+    """Which of `named` prefixes each of `rows` reads: its own, also where beams multiplied the rows."""
+    if rows % named:
+        raise InputError(f"the batch has {rows} rows, but prefixes were named for {named}.")
+    return [row * named // rows for row in range(rows)]
+
+
+def positions_of(text: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """Position ids `[B, n]` of the tokens at hand, counted from 0 at each row's first real token."""
     given = kwargs.get("position_ids")
     if given is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -183,7 +183,7 @@ def _check_every_layer(base: PreTrainedModel, family: str, sites: list[Site]) ->
 
 
 @contextmanager
-def evaluating(base: PreTrainedModel) -> Iterator[None]:
+def evaluating(base: nn.Module) -> Iterator[None]:
     """Evaluation mode while open, and the mode of every module restored after."""
     modes = [(module, module.training) for module in base.modules()]
     base.eval()
@@ -234,6 +234,41 @@ def capture(base: PreTrainedModel, sites: list[Site], ids: Tensor) -> Capture:
         stack.enter_context(listening(listener))
         base(**run_inputs(base, ids))
     return Capture(KVPrefix({site.name: kv[site.name] for site in sites}), hidden, calls, shared)
+
+
+def keys_at(base: PreTrainedModel, sites: list[Site], ids: Tensor, position: int) -> dict[str, SiteKV]:
+    """Keys and values of single tokens `[n, 1]`, each alone at `position`, by site. No gradient."""
+    names = {id(site.module): site.name for site in sites}
+    found: dict[str, SiteKV] = {}
+
+    def listener(module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
+        found[names[id(module)]] = SiteKV(key.clone(), value.clone())
+
+    with evaluating(base), torch.no_grad(), routed(base), listening(listener):
+        base(**run_inputs(base, ids), position_ids=torch.full_like(ids, position))
+    return found
+
+
+class _ReachedError(Exception):
+    """The model has run as far as was asked."""
+
+
+def entering(model: nn.Module, site: Site, inputs: dict[str, Any]) -> Tensor:
+    """The hidden states `[B, n, d]` that enter `site` when `model` runs `inputs`; it stops there. No gradient."""
+    found: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = _source(kwargs)
+        found.append((args[0] if source is None else kwargs[source]).detach())
+        raise _ReachedError
+
+    handle = site.module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        with evaluating(model), torch.no_grad(), suppress(_ReachedError):
+            model(**inputs)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _source(kwargs: dict[str, Any]) -> str | None:

@@ -92,7 +92,7 @@ def test_what_cannot_be_packed_is_refused() -> None:
     model = wrapped("mistral", window="slides")
     ids = torch.arange(5, 12)[None]
     assert not model.packs() and not model.packs(None)
-    with pytest.raises(InputError, match="cannot be packed behind a prefix that slides"):
+    with pytest.raises(InputError, match="cannot be packed behind a prefix that slides or is dynamic"):
         model(ids, packed=[3, 4])
     model = wrapped("llama")
     with pytest.raises(InputError, match=r"packed rows of 9 tokens in all .* \[1, 7\]"):

@@ -31,6 +31,9 @@ def command(
     instruction: Annotated[
         str | None, typer.Option(help="Text to start from; by default made from the label names.")
     ] = None,
+    dynamic: Annotated[
+        str | None, typer.Option(help="low_rank, mixture or gates: each text changes its own prefix.")
+    ] = None,
     head: Annotated[str, typer.Option(help="words, linear, or auto: words where every label has one.")] = "auto",
     template: Annotated[str | None, typer.Option(help="What stands around {text}.")] = None,
     label_word: Annotated[
@@ -74,7 +77,13 @@ def command(
         data=data,
         text_column=text_column,
         label_column=label_column,
-        prefix=PrefixConfig(form=form, length=length, start=start, instruction=instruction),  # type: ignore[arg-type]
+        prefix=PrefixConfig(
+            form=form,  # type: ignore[arg-type]
+            length=length,
+            start=start,  # type: ignore[arg-type]
+            instruction=instruction,
+            dynamic=dynamic,  # type: ignore[arg-type]
+        ),
         head=head,  # type: ignore[arg-type]
         template=template,
         label_words=tuple(label_word) if label_word else None,

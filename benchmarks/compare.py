@@ -1,0 +1,313 @@
+"""foreword beside PEFT's prefix tuning and LoRA: the same base, rows, order, batch, steps, precision and seed.
+
+Every file of benchmarks/experiments is one experiment: `defaults.json` changed by what it says. Its result goes to
+benchmarks/results/compare and is made again only when the settings have changed. Kinds:
+
+    step        seconds per training step, methods alternating A B A B in one process; medians and ratios
+    memory      peak resident memory of training steps above the loaded base, each method in a process of its own
+    generation  tokens per second of greedy decoding behind a shared prefix, methods alternating
+    mixed       the same with rows over several prefixes in one batch, against PEFT switching adapters
+    accuracy    test accuracy after a budget of steps, over methods, learning rates and seeds
+
+    python benchmarks/compare.py --data-folder FOLDER [--only step-news] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from ag_news import commit, hardware
+from methods import Batch, Method, classifier_on, make
+
+HERE = Path(__file__).parent
+Settings = dict[str, Any]
+
+
+def experiments(only: str) -> Iterator[tuple[str, Settings]]:
+    defaults = json.loads((HERE / "experiments" / "defaults.json").read_text())
+    for path in sorted((HERE / "experiments").glob("*.json")):
+        if path.stem != "defaults" and only in path.stem:
+            yield path.stem, {**defaults, **json.loads(path.read_text())}
+
+
+# ---- rows
+
+
+def read(settings: Settings, split: str) -> list[dict[str, str]]:
+    lines = (Path(settings["folder"]) / settings["data"] / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def names_of(settings: Settings) -> list[str]:
+    return sorted({row["label"] for row in read(settings, "train")})
+
+
+def batches(base: Any, tokenizer: Any, settings: Settings, rows: list[dict[str, str]]) -> list[Batch]:
+    """Padded batches of rows in the order given; `row_tokens` joins texts so that every row is full."""
+    labels = names_of(settings)
+    classifier = classifier_on(base, tokenizer, labels, settings["max_length"], length=1)
+    texts, tokens = [row["text"] for row in rows], settings["row_tokens"]
+    if tokens:
+        texts = [" ".join(texts[i : i + tokens // 16]) for i in range(len(texts))]
+    encoded, _ = classifier.encode(texts)
+    examples = [
+        {"input_ids": ids, "labels": labels.index(row["label"])} for ids, row in zip(encoded, rows, strict=True)
+    ]
+    size = settings["batch_size"]
+    return [classifier.collate(examples[i : i + size]) for i in range(0, len(examples) - size + 1, size)]
+
+
+def shuffled(settings: Settings, seed: int, count: int) -> list[dict[str, str]]:
+    rows = read(settings, "train")
+    return random.Random(seed).sample(rows, count)
+
+
+# ---- kinds
+
+
+def load(settings: Settings) -> tuple[Any, Any]:
+    from foreword.bases import load_base
+
+    return load_base(settings["model"], getattr(torch, settings["dtype"]))
+
+
+def one_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    loss = method.loss(batch)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(method.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss)
+
+
+def made(name: str, base: Any, tokenizer: Any, settings: Settings) -> Method:
+    return make(name, base, tokenizer, names_of(settings), settings["max_length"], settings["length"])
+
+
+def step(settings: Settings) -> dict[str, Any]:
+    base, tokenizer = load(settings)
+    work = batches(base, tokenizer, settings, shuffled(settings, 0, settings["batch_size"] * (settings["rounds"] + 1)))
+    methods = [made(name, base, tokenizer, settings) for name in settings["methods"]]
+    optimizers = [torch.optim.AdamW(m.parameters() or [torch.zeros(1, requires_grad=True)], 1e-3) for m in methods]
+    seconds: dict[str, list[float]] = {m.name: [] for m in methods}
+    for i, batch in enumerate(work):
+        for method, optimizer in zip(methods, optimizers, strict=True):
+            took = timed(lambda m=method, o=optimizer, b=batch: one_step(m, o, b))  # type: ignore[misc]
+            if i:  # the first round warms up
+                seconds[method.name].append(took)
+        say(f"round {i} of {settings['rounds']}")
+    real = mean(int(b["attention_mask"].sum()) for b in work)
+    padded = mean(b["attention_mask"].numel() for b in work)
+    return {"tokens_per_batch": real, "tokens_padded": padded, **ratios(seconds)}
+
+
+def ratios(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and the median over rounds of each method's time over the first method's in the same round."""
+    first = next(iter(seconds.values()))
+    over = {name: median(b / a for a, b in zip(first, each, strict=True)) for name, each in seconds.items()}
+    return {"seconds": seconds, "median": {n: median(each) for n, each in seconds.items()}, "ratio": over}
+
+
+def memory(settings: Settings) -> dict[str, Any]:
+    """MiB that the peak of two training steps lies above the loaded base and the made method."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for name in settings["methods"]:
+        with context.Pool(1) as pool:
+            found[name] = pool.apply(peak, (name, settings))
+        say(f"{name}: {found[name]:.0f} MiB")
+    first = found[settings["methods"][0]]
+    return {"mib": found, "ratio": {name: value / first for name, value in found.items()}}
+
+
+def peak(name: str, settings: Settings) -> float:
+    torch.set_num_threads(settings["threads"])
+    base, tokenizer = load(settings)
+    work = batches(base, tokenizer, settings, shuffled(settings, 0, settings["batch_size"] * 2))
+    method = made(name, base, tokenizer, settings)
+    optimizer = torch.optim.AdamW(method.parameters(), 1e-3)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew from here
+    before = status("VmRSS")
+    for batch in work:
+        one_step(method, optimizer, batch)
+    return (status("VmHWM") - before) / 1024
+
+
+def status(key: str) -> int:
+    """KiB that the kernel reports of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def prompts(tokenizer: Any, settings: Settings) -> Batch:
+    rows = [row["text"] for row in read(settings, "test")[: settings["batch_size"]]]
+    found = tokenizer(rows, return_tensors="pt", padding=True, padding_side="left", truncation=True, max_length=32)
+    return {key: found[key] for key in ("input_ids", "attention_mask")}
+
+
+def tokens(settings: Settings) -> dict[str, Any]:
+    """Arguments of a greedy generation of a fixed number of tokens."""
+    count = settings["new_tokens"]
+    return {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+
+
+def generation(settings: Settings) -> dict[str, Any]:
+    base, tokenizer = load(settings)
+    inputs, fixed = prompts(tokenizer, settings), tokens(settings)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in settings["methods"]:
+        method = made(name, base, tokenizer, settings)
+        method.module.eval()
+        calls[name] = lambda m=method: m.generate(**inputs, **fixed)  # type: ignore[misc]
+    return speeds(calls, settings)
+
+
+def mixed(settings: Settings) -> dict[str, Any]:
+    """16 rows over four prefixes: PEFT runs each adapter's rows by themselves, foreword one batch."""
+    base, tokenizer = load(settings)
+    inputs, fixed, count = prompts(tokenizer, settings), tokens(settings), settings["prefixes"]
+    own = made("foreword", base, tokenizer, settings)
+    model: Any = own.module.model  # type: ignore[union-attr]
+    theirs = made("peft-text", base, tokenizer, settings).module.eval()
+    for i in range(1, count):
+        model.put(f"p{i}", model.kv("prefix"), like="prefix")
+        theirs.add_adapter(f"p{i}", theirs.peft_config["default"])  # type: ignore[operator]
+    names = (["prefix"] + [f"p{i}" for i in range(1, count)]) * (settings["batch_size"] // count)
+
+    def switching() -> None:
+        for i in range(count):
+            theirs.set_adapter("default" if i == 0 else f"p{i}")  # type: ignore[operator]
+            theirs.generate(**{key: value[i::count] for key, value in inputs.items()}, **fixed)  # type: ignore[operator]
+
+    def together() -> None:
+        with torch.no_grad():
+            model.generate(**inputs, **fixed, prefix=names)
+
+    return speeds({"peft-text": switching, "foreword": together}, settings)
+
+
+def speeds(calls: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, Any]:
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(settings["rounds"] + 1):
+        for name, call in calls.items():
+            took = timed(call)
+            if i:
+                seconds[name].append(took)
+        say(f"round {i} of {settings['rounds']}")
+    made = settings["batch_size"] * settings["new_tokens"]
+    found = ratios(seconds)
+    return {
+        **found,
+        "tokens_per_second": {name: made / value for name, value in found["median"].items()},
+        "speed": {name: 1 / value for name, value in found["ratio"].items()},
+    }
+
+
+def accuracy(settings: Settings) -> dict[str, Any]:
+    """Every method at each of its learning rates (foreword: its own default alone), over seeds, on the test rows."""
+    base, tokenizer = load(settings)
+    test = batches(base, tokenizer, settings, sorted(read(settings, "test"), key=lambda row: -len(row["text"])))
+    runs = []
+    for name in settings["methods"]:
+        own = name.startswith("foreword")
+        for rate in [None] if own else settings["learning_rates"][name]:
+            for seed in range(settings["seeds"]):
+                runs.append(trained(name, rate, seed, base, tokenizer, settings, test))
+                say(f"{name} at {runs[-1]['learning_rate']:g}, seed {seed}: {runs[-1]['accuracy']}")
+    return {"runs": runs}
+
+
+def trained(
+    name: str, rate: float | None, seed: int, base: Any, tokenizer: Any, settings: Settings, test: list[Batch]
+) -> dict[str, Any]:
+    torch.manual_seed(seed)
+    method = made(name, base, tokenizer, settings)
+    rate = rate or method.learning_rate
+    assert rate is not None
+    rows = shuffled(settings, seed, settings["batch_size"] * settings["steps"])
+    work = batches(base, tokenizer, settings, rows)
+    optimizer = torch.optim.AdamW(method.parameters(), rate, weight_decay=0.0)
+    warm = max(1, len(work) // 10)
+    ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm)
+    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, down], [warm])
+    losses, scores = [], {}
+    for i, batch in enumerate(work, 1):
+        losses.append(one_step(method, optimizer, batch))
+        schedule.step()
+        if i in settings["test_at"] or i == len(work):
+            scores[i] = score(method, test)
+    return {
+        "method": name,
+        "learning_rate": rate,
+        "seed": seed,
+        "accuracy": scores,
+        "losses": losses,
+        "parameters": sum(p.numel() for p in method.parameters()),
+    }
+
+
+@torch.no_grad()
+def score(method: Method, test: list[Batch]) -> float:
+    right = [int((method.logits(batch).argmax(-1) == batch["labels"]).sum()) for batch in test]
+    return sum(right) / sum(len(batch["labels"]) for batch in test)
+
+
+# ---- running
+
+
+def timed(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+KINDS = {f.__name__: f for f in (step, memory, generation, mixed, accuracy)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-folder", required=True, help="holds ag_news/train.jsonl and the like")
+    parser.add_argument("--only", default="", help="only experiments whose name holds this")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for name, settings in experiments(arguments.only):
+        path = HERE / "results" / "compare" / f"{name}.json"
+        asked = {**settings, "threads": arguments.threads}
+        if path.exists() and json.loads(path.read_text())["settings"] == asked:
+            say(f"{name}: done before with the same settings")
+            continue
+        say(f"{name}:")
+        began, at = time.monotonic(), commit()
+        found = KINDS[settings["kind"]]({**asked, "folder": arguments.data_folder})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "commit": at,
+            "hardware": hardware(),
+            "torch": torch.__version__,
+            "minutes": (time.monotonic() - began) / 60,
+        }
+        facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        path.write_text(json.dumps({"settings": asked, **found, **facts}, indent=1) + "\n")
+        print(json.dumps({"experiment": name, **{k: v for k, v in found.items() if k not in ("seconds", "runs")}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -44,10 +44,9 @@ def __getattr__(name: str) -> Any:
 
 
 def load(directory: Any) -> Any:
-    """A saved prefix on its base: a PrefixClassifier where it was trained to classify, else a PrefixModel."""
+    """A saved prefix on its base: with its task (a PrefixClassifier, ...) where it has one, else a PrefixModel."""
     from .files import read_header
     from .model import PrefixModel
-    from .tasks.classify import PrefixClassifier
+    from .tasks import load_task
 
-    task = read_header(directory).get("task")
-    return (PrefixClassifier if task else PrefixModel).from_pretrained(directory)
+    return load_task(directory) if read_header(directory).get("task") else PrefixModel.from_pretrained(directory)

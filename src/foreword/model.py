@@ -89,9 +89,7 @@ class PrefixModel(nn.Module):
                 f"not for this base ({self.base_id}, fingerprint {own}); load it on its own base."
             )
         kv = files.kv_from(header, tensors).to(self.base.device)
-        settings = {k: v for k, v in header["prefix"].items() if k in PrefixConfig.__dataclass_fields__}
-        settings["layers"] = tuple(settings["layers"]) if settings.get("layers") else None
-        config = PrefixConfig(**settings)
+        config = PrefixConfig.from_dict(header["prefix"])
         form = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
         self.configs[name] = replace(config, form="direct") if trainable else config
         self.forms[name], self.headers[name], self.active = form, header, name

@@ -171,7 +171,8 @@ def test_a_chat_template_stands_around_the_prompt(bases: dict[str, Path], monkey
     made = generator(bases["llama"])
     with pytest.raises(InputError, match="has no chat template"):
         PrefixGenerator.for_data(made.model, chat=True)
-    made.model.tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+    message = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    made.model.tokenizer.chat_template = f"<s>{message}{{% if add_generation_prompt %}}[bot]{{% endif %}}"
     settings = {"chat": True, "max_length": 32, "max_new_tokens": 8}
     chat = PrefixGenerator.for_data(made.model, **settings)
     assert chat.settings.template == "<s>[user]{prompt}[bot]"

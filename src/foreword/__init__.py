@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from .kv import KVPrefix as KVPrefix
     from .kv import SiteKV as SiteKV
     from .model import PrefixModel as PrefixModel
+    from .tasks.answer import PrefixAnswerer as PrefixAnswerer
     from .tasks.classify import PrefixClassifier as PrefixClassifier
+    from .tasks.generate import PrefixGenerator as PrefixGenerator
+    from .tasks.label import PrefixLabeller as PrefixLabeller
+    from .tasks.regress import PrefixRegressor as PrefixRegressor
     from .train import TrainConfig as TrainConfig
     from .trainer import PrefixTrainer as PrefixTrainer
 
@@ -26,6 +30,10 @@ _HOMES = {
     "InputError": "errors",
     "KVPrefix": "kv",
     "PrefixClassifier": "tasks.classify",
+    "PrefixRegressor": "tasks.regress",
+    "PrefixLabeller": "tasks.label",
+    "PrefixGenerator": "tasks.generate",
+    "PrefixAnswerer": "tasks.answer",
     "PrefixConfig": "forms",
     "PrefixModel": "model",
     "PrefixTrainer": "trainer",

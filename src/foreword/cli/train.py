@@ -20,7 +20,7 @@ def command(
     data: Annotated[
         str, typer.Option(help="Hub id, a csv, tsv, jsonl or parquet file, or a folder of them.")
     ] = defaults.DATA,
-    task: Annotated[str, typer.Option(help="What to train: classify or generate.")] = "classify",
+    task: Annotated[str, typer.Option(help="classify, generate, regress, label or answer.")] = "classify",
     text_column: Annotated[
         str | None, typer.Option(help="Column of the texts, or several with commas; found if not given.")
     ] = None,

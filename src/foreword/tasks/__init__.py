@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 TASKS = {
     "classify": "PrefixClassifier",
     "generate": "PrefixGenerator",
+    "regress": "PrefixRegressor",
+    "label": "PrefixLabeller",
+    "answer": "PrefixAnswerer",
 }
 
 

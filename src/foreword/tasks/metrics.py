@@ -1,7 +1,10 @@
-"""Figures of predictions: by scikit-learn and sacrebleu, rouge-score where they are the reference."""
+"""Figures of predictions: by scikit-learn and scipy, sacrebleu, rouge-score and seqeval."""
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,3 +82,53 @@ def final_answer(text: str) -> str:
     commas of numbers left out), else all of it, white space evened out."""
     _, mark, after = text.rpartition("####")
     return " ".join((after.replace(",", "") if mark else text).split())
+
+
+def regression_metrics(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation (0 where either side is constant), and the mean squared error."""
+    from scipy.stats import pearsonr, spearmanr
+
+    constant = len(set(truth)) < 2 or len(set(predicted)) < 2
+    return {
+        "pearson": 0.0 if constant else float(pearsonr(truth, predicted).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(truth, predicted).statistic),
+        "mse": float(np.mean((np.asarray(truth) - np.asarray(predicted)) ** 2)),
+    }
+
+
+def entity_metrics(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 over whole entities, as seqeval and CoNLL's script count them; accuracy of words."""
+    from seqeval.metrics import accuracy_score as word_accuracy
+    from seqeval.metrics import f1_score as entity_f1
+    from seqeval.metrics import precision_score, recall_score
+
+    true, made = [list(tags) for tags in truth], [list(tags) for tags in predicted]
+    return {
+        "precision": float(precision_score(true, made, zero_division=0)),
+        "recall": float(recall_score(true, made, zero_division=0)),
+        "f1": float(entity_f1(true, made, zero_division=0)),
+        "accuracy": float(word_accuracy(true, made)),
+    }
+
+
+def answer_metrics(truth: Sequence[Sequence[str]], predicted: Sequence[str]) -> dict[str, float]:
+    """Exact match and F1 over words after SQuAD's normalisation, each against the closest of a row's answers
+    (Rajpurkar et al. 2016, arXiv:1606.05250, section 6.1)."""
+    exact = [max(normalised(a) == normalised(text) for a in row) for row, text in zip(truth, predicted, strict=True)]
+    f1 = [max(word_f1(a, text) for a in row) for row, text in zip(truth, predicted, strict=True)]
+    return {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
+
+
+def normalised(answer: str) -> str:
+    """Lower case, without ASCII punctuation and English articles, white space evened out."""
+    plain = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def word_f1(truth: str, predicted: str) -> float:
+    """F1 of the words that two normalised answers share."""
+    true, made = normalised(truth).split(), normalised(predicted).split()
+    shared = sum((Counter(true) & Counter(made)).values())
+    if not true or not made:
+        return float(true == made)
+    return 2 * shared / (len(true) + len(made))

@@ -63,11 +63,13 @@ def test_texts_and_labels_are_escaped_and_many_labels_listed(tiny_llama: Path, t
 
 
 def test_mistakes_are_the_wrong_rows_by_confidence() -> None:
-    logits = np.array([[2.0, 0.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]])
-    found = mistakes(["a", "b", "c", "d"], [0, 0, 0, 0], logits, ["x", "y"])
-    assert [(row["text"], row["label"], row["predicted"]) for row in found] == [("c", "x", "y"), ("b", "x", "y")]
-    assert found[0]["score"] == pytest.approx(1 / (1 + np.exp(-3)))
-    assert len(mistakes(["a", "b", "c", "d"], [1, 0, 0, 1], logits, ["x", "y"], count=2)) == 2
+    results = [{"label": label, "score": score} for label, score in zip("xyyx", (0.9, 0.7, 0.95, 0.7), strict=True)]
+    found = mistakes(["a", "b", ("c", "d"), "e"], "xxxx", results)
+    assert found is not None
+    assert [(row["text"], row["label"], row["predicted"]) for row in found] == [("c / d", "x", "y"), ("b", "x", "y")]
+    assert found[0]["score"] == 0.95
+    assert len(mistakes(["a", "b", "c", "d"], "yxxy", results, count=2) or []) == 2
+    assert mistakes(["a"], ["b"], [{"completion": "c"}]) is None
 
 
 def test_validations_are_the_log_s_without_its_clock() -> None:

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from .kv import KVPrefix as KVPrefix
     from .kv import SiteKV as SiteKV
     from .model import PrefixModel as PrefixModel
+    from .tasks.answer import PrefixAnswerer as PrefixAnswerer
     from .tasks.classify import PrefixClassifier as PrefixClassifier
+    from .tasks.generate import PrefixGenerator as PrefixGenerator
+    from .tasks.label import PrefixLabeller as PrefixLabeller
+    from .tasks.regress import PrefixRegressor as PrefixRegressor
     from .train import TrainConfig as TrainConfig
     from .trainer import PrefixTrainer as PrefixTrainer
 
@@ -26,6 +30,10 @@ _HOMES = {
     "InputError": "errors",
     "KVPrefix": "kv",
     "PrefixClassifier": "tasks.classify",
+    "PrefixRegressor": "tasks.regress",
+    "PrefixLabeller": "tasks.label",
+    "PrefixGenerator": "tasks.generate",
+    "PrefixAnswerer": "tasks.answer",
     "PrefixConfig": "forms",
     "PrefixModel": "model",
     "PrefixTrainer": "trainer",
@@ -44,10 +52,9 @@ def __getattr__(name: str) -> Any:
 
 
 def load(directory: Any) -> Any:
-    """A saved prefix on its base: a PrefixClassifier where it was trained to classify, else a PrefixModel."""
+    """A saved prefix on its base: with its task (a PrefixClassifier, ...) where it has one, else a PrefixModel."""
     from .files import read_header
     from .model import PrefixModel
-    from .tasks.classify import PrefixClassifier
+    from .tasks import load_task
 
-    task = read_header(directory).get("task")
-    return (PrefixClassifier if task else PrefixModel).from_pretrained(directory)
+    return load_task(directory) if read_header(directory).get("task") else PrefixModel.from_pretrained(directory)

@@ -14,15 +14,18 @@ from torch import Tensor
 
 from . import files
 from .attention import listening
-from .data import Row, load_classification, read_labelled, some_rows
 from .errors import InputError
+from .evaluate import rows_of
 from .forms import make_form
 from .inspect import describe
 from .kv import KVPrefix
 from .model import PrefixModel
+from .schemas import Row
 from .shares import Batch, attention_shares
 from .sites import Site, routed, run_inputs, vocabulary_size
-from .tasks.classify import PrefixClassifier
+from .splits import some_rows
+from .tasks import load_task
+from .tasks.task import PrefixTask
 from .worth import reading_instead, site_worth, token_worth
 
 Progress = Callable[[int, int], None]
@@ -45,7 +48,7 @@ def examine(
     """
     header = files.read_header(directory)
     if header.get("task"):
-        return _with_rows(directory, PrefixClassifier.from_pretrained(directory), data, rows, batch_size, progress)
+        return _with_rows(directory, load_task(directory), data, rows, batch_size, progress)
     if data is not None:
         raise InputError(f"{directory} was saved without a task, so it cannot be run on {data}; leave out the data.")
     return _still(directory, PrefixModel.from_pretrained(directory))
@@ -67,15 +70,15 @@ def _still(directory: str | Path, model: PrefixModel) -> dict[str, Any]:
 
 def _with_rows(
     directory: str | Path,
-    classifier: PrefixClassifier,
+    task: PrefixTask,
     data: str | None,
     rows: int,
     batch_size: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    model, name = classifier.model, classifier.model.active
+    model, name = task.model, task.model.active
     assert name is not None
-    batches = _batches(classifier, _rows(directory, model.headers[name], data, rows), batch_size)
+    batches = [batch for _, batch in task.batches(task.examples(_rows(task, data, rows))[0], batch_size)]
     kv = model.kv(name)
     total = 4 + kv.length + len(kv.sites)  # one for the shares, and the whole prefix is measured three times
     done = 0
@@ -89,10 +92,10 @@ def _with_rows(
     def loss(cut: KVPrefix) -> float:
         ran()
         with reading_instead(model, name, cut):
-            return mean_loss(classifier, batches)
+            return mean_loss(task, batches)
 
     ran()
-    shares = attention_shares(model, lambda batch: classifier(**batch, prefix=name), batches)
+    shares = attention_shares(model, lambda batch: task(**batch, prefix=name), batches)
     worth = {"tokens": token_worth(kv, loss), "sites": site_worth(kv, loss)}
     found = {"shares": {site: share.tolist() for site, share in shares.items()}, "loss": loss(kv), "worth": worth}
     return _still(directory, model) | found
@@ -105,32 +108,11 @@ def mean_loss(task: Callable[..., dict[str, Tensor]], batches: Sequence[Batch]) 
     return sum(sums) / sum(len(batch["input_ids"]) for batch in batches)
 
 
-def _rows(directory: str | Path, header: dict[str, Any], data: str | None, count: int) -> list[Row]:
-    settings = (header.get("training") or {}).get("settings") or {}
-    text, label = (None, None) if data else (settings.get("text_column"), settings.get("label_column"))
-    data = data or settings.get("data")
-    if data is None:
-        raise InputError(f"{directory} does not say what it was trained on; name the data.")
+def _rows(task: PrefixTask, data: str | None, count: int) -> list[Row]:
     if count < 1:
         raise InputError(f"rows must be at least 1, not {count}.")
-    if Path(data).is_file():
-        found = read_labelled(data, text, label)
-    else:
-        found = load_classification(data, text_column=text, label_column=label).validation
-    unknown = sorted({row.label for row in found} - set(header["task"]["labels"]))
-    if unknown:
-        raise InputError(f"{data} has labels that the prefix was not trained for: {', '.join(unknown[:5])}.")
-    return some_rows(found, min(count, len(found)), 0, "validation")
-
-
-def _batches(classifier: PrefixClassifier, rows: Sequence[Row], batch_size: int) -> list[Batch]:
-    encoded, _ = classifier.encode([row.text for row in rows])
-    labels = list(classifier.settings.labels)
-    pairs = sorted(zip(encoded, rows, strict=True), key=lambda pair: -len(pair[0]))
-    examples = [{"input_ids": ids, "labels": labels.index(row.label)} for ids, row in pairs]
-    chunks = [examples[at : at + batch_size] for at in range(0, len(examples), batch_size)]
-    device = classifier.model.device
-    return [{k: v.to(device) for k, v in classifier.collate(chunk).items()} for chunk in chunks]
+    _, found = rows_of(task, data, "validation")
+    return some_rows(found, min(count, len(found)), 0, "validation", task.schema.stratified)
 
 
 @torch.no_grad()

@@ -197,7 +197,8 @@ def _card(header: dict[str, Any], name: str) -> str:
         f"parameters) for `{base['id']}`.",
     ]
     if task:
-        lines += ["", f"Task: {task['task']}; labels: {', '.join(task['labels'])}."]
+        labels = f"; labels: {', '.join(task['labels'])}" if task.get("labels") else ""
+        lines += ["", f"Task: {task['task']}{labels}."]
     figures = (header.get("training") or {}).get("test")
     if figures:
         lines += ["", "| test metric | value |", "|---|---|"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from .errors import InputError
 from .kv import KVPrefix, SiteKV
-from .sites import Capture, Site, capture, project, routed, vocabulary_size
+from .sites import Capture, Kind, Site, capture, project, routed, vocabulary_size
 
 DEFAULT_LENGTH = 16
 
@@ -40,6 +40,7 @@ class PrefixConfig:
     frozen_tokens: how many first tokens stay as they start (the attention sink); not in `projected`.
     mlp_size: width of the hidden layer of `mlp`.
     layers: which of the base's layers the prefix enters; all by default.
+    sites: which kinds of sites it enters, of `encoder`, `decoder` and `cross`; all by default.
     window: in sliding-window layers the prefix stays `visible`, or `slides` out as real tokens would.
     positions: text comes `after` the prefix's positions or is `kept` at 0; by default after, where the base allows.
     dynamic: how the prompt changes its own row's prefix: `low_rank`, `mixture` or `gates` (`foreword.dynamic`).
@@ -55,6 +56,7 @@ class PrefixConfig:
     frozen_tokens: int = 1
     mlp_size: int = 512
     layers: tuple[int, ...] | None = None
+    sites: tuple[Kind, ...] | None = None
     window: Literal["visible", "slides"] = "visible"
     positions: Literal["after", "kept"] | None = None
     dynamic: Literal["low_rank", "mixture", "gates"] | None = None
@@ -69,6 +71,11 @@ class PrefixConfig:
             raise InputError(f"the prefix length must be at least 1, not {self.length}.")
         if self.start not in (None, "instruction", "vocabulary", "random"):
             raise InputError(f"start {self.start!r} is unknown; choose instruction, vocabulary or random.")
+        unknown = [kind for kind in self.sites or () if kind not in get_args(Kind)]
+        if unknown or self.sites == ():
+            raise InputError(
+                f"sites {', '.join(unknown) or '()'} are unknown; choose among encoder, decoder and cross."
+            )
         if self.window not in ("visible", "slides"):
             raise InputError(f"window {self.window!r} is unknown; choose visible or slides.")
         if self.positions not in (None, "after", "kept"):
@@ -90,6 +97,13 @@ class PrefixConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> PrefixConfig:
+        """The inverse of `to_dict`, also after JSON; what else a saved prefix says of itself is left out."""
+        known: dict[str, Any] = {k: v for k, v in saved.items() if k in cls.__dataclass_fields__}
+        known |= {k: tuple(v) for k, v in known.items() if isinstance(v, list)}
+        return cls(**known)
 
 
 class Form(nn.Module):
@@ -237,7 +251,11 @@ def make_form(config: PrefixConfig, base: PreTrainedModel, sites: list[Site], to
 
 
 def chosen_sites(config: PrefixConfig, sites: list[Site]) -> list[Site]:
-    """The sites that the prefix enters: all, or those of `config.layers` (counted per kind of site)."""
+    """The sites that the prefix enters: those of `config.sites` and of `config.layers` (counted per kind of site)."""
+    found = {site.kind for site in sites}
+    if config.sites is not None and not set(config.sites) <= found:
+        raise InputError(f"the base has {', '.join(sorted(found))} sites alone, not all of {', '.join(config.sites)}.")
+    sites = [site for site in sites if config.sites is None or site.kind in config.sites]
     if config.layers is None:
         return sites
     kept, counts = [], {"decoder": 0, "encoder": 0, "cross": 0}

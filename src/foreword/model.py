@@ -105,9 +105,7 @@ class PrefixModel(nn.Module):
 
             combine.restore(self, header["combined"], tensors, trainable)
         kv = files.kv_from(header, tensors).to(self.base.device)
-        settings = {k: v for k, v in header["prefix"].items() if k in PrefixConfig.__dataclass_fields__}
-        settings["layers"] = tuple(settings["layers"]) if settings.get("layers") else None
-        config = PrefixConfig(**settings)
+        config = PrefixConfig.from_dict(header["prefix"])
         static = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
         form = make_dynamic(config, static, self.base, self.sites, files.generator_from(tensors))
         form.requires_grad_(trainable)

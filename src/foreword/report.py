@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from . import charts, files, pages
@@ -22,21 +21,22 @@ STEP = "step (dotted: the one kept)"
 
 
 def mistakes(
-    texts: Sequence[str], truth: Sequence[int], logits: Any, labels: Sequence[str], count: int = 20
-) -> list[dict[str, Any]]:
-    """The wrong rows of `logits` `[rows, labels]` with the highest confidence: text, label, predicted, score."""
-    logits = np.asarray(logits, dtype=np.float64)
-    scores = np.exp(logits - logits.max(-1, keepdims=True))
-    scores /= scores.sum(-1, keepdims=True)
-    predicted = scores.argmax(-1)
-    wrong = [i for i, label in enumerate(truth) if predicted[i] != label]
-    wrong.sort(key=lambda i: -scores[i].max())
+    texts: Sequence[Any], truth: Sequence[Any], results: Sequence[dict[str, Any]], count: int = 20
+) -> list[dict[str, Any]] | None:
+    """The wrong rows of highest confidence among a classifier's predictions: text, label, predicted, score.
+
+    None for predictions without one label and its score.
+    """
+    if not results or not {"label", "score"} <= results[0].keys():
+        return None
+    wrong = [i for i, (label, result) in enumerate(zip(truth, results, strict=True)) if result["label"] != label]
+    wrong.sort(key=lambda i: -results[i]["score"])
     return [
         {
-            "text": texts[i],
-            "label": labels[truth[i]],
-            "predicted": labels[predicted[i]],
-            "score": float(scores[i].max()),
+            "text": texts[i] if isinstance(texts[i], str) else " / ".join(texts[i]),
+            "label": truth[i],
+            "predicted": results[i]["label"],
+            "score": results[i]["score"],
         }
         for i in wrong[:count]
     ]

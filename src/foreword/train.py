@@ -7,87 +7,32 @@ takes OUTPUT's place.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import set_seed
-from transformers.trainer_utils import PredictionOutput
 
-from . import defaults
 from .bases import load_base
-from .data import ClassificationData, Row, load_classification, some_rows
-from .errors import InputError, RunError
-from .evaluate import compute_metrics, confusion, per_label
-from .forms import PrefixConfig
+from .config import TrainConfig, check_output, claim, unfinished_config, write_json
+from .data import Data, load_data
 from .model import PrefixModel
 from .report import mistakes, validations, write_report
-from .tasks.classify import PrefixClassifier
-from .tasks.template import default_instruction, make_settings
+from .schemas import Row
+from .splits import some_rows
+from .tasks import task_class
+from .tasks.task import PrefixTask, Progress
 from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
+
+__all__ = ["TrainConfig", "TrainResult", "build", "train", "unfinished_config"]
 
 LEARNING_RATES = {"direct": 1e-2, "projected": 5e-3, "mlp": 3e-4}
 NAME = "prefix"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Settings of a run; what is None is derived.
-
-    model, data: a hub id, a folder (or file), or the embedded default.
-    prefix: what the prefix is made of. Without an instruction or another start, the instruction is derived from the
-        label names.
-    learning_rate: by default that of the form (`LEARNING_RATES`); a linear head learns at `head_learning_rate`.
-    max_length: tokens of template and text together.
-    validation_rows, test_rows: how many rows to validate and test on, all by default.
-    save_steps: steps between checkpoints and validations; by default a quarter of an epoch.
-    """
-
-    output: Path
-    model: str = defaults.MODEL
-    data: str = defaults.DATA
-    text_column: str | None = None
-    label_column: str | None = None
-    train_rows: int | None = None
-    validation_rows: int | None = None
-    test_rows: int | None = None
-    prefix: PrefixConfig = field(default_factory=PrefixConfig)
-    head: Literal["auto", "words", "linear"] = "auto"
-    template: str | None = None
-    label_words: tuple[str, ...] | None = None
-    max_length: int = 128
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 16
-    learning_rate: float | None = None
-    head_learning_rate: float = 1e-3
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    patience: int | None = None
-    save_steps: int | None = None
-    gradient_accumulation: int = 1
-    gradient_checkpointing: bool = False
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    zero_shot: bool = True
-    report_to: str = "none"
-    seed: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "output": str(self.output)}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> TrainConfig:
-        prefix = {**saved["prefix"], "layers": tuple(saved["prefix"]["layers"] or ()) or None}
-        words = saved["label_words"]
-        changed = {"output": Path(saved["output"]), "prefix": PrefixConfig(**prefix)}
-        return cls(**{**saved, **changed, "label_words": tuple(words) if words else None})
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -110,34 +55,37 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     fails (a loss that is not a number, an interrupt, a full disk); the state of an interrupted run is kept.
     """
     began = time.monotonic()
-    _check(config)
+    config.check()
     running = config.output / "training"
-    _check_output(config, running, resume)
+    check_output(config, resume)
     data = _load(config)
     say(_describe_data(data))
-    classifier = build(config, data)
-    say(_describe_prefix(classifier.model, config.prefix.form))
-    splits = {name: _rows(classifier, getattr(data, name), data.labels) for name in ("train", "validation", "test")}
-    cut = {name: number for name, (_, number) in splits.items() if number}
+    task = build(config, data)
+    say(_describe_prefix(task.model, config.prefix.form))
+    rows, train_cut = _encoded(task, data.train)
+    validation, validation_cut = _encoded(task, data.validation)
+    cut = {"train": train_cut, "validation": validation_cut, "test": sum(task.examples(data.test)[1])}
+    cut = {name: number for name, number in cut.items() if number}
     if cut:
         counts = ", ".join(f"{number} {name}" for name, number in cut.items())
         say(f"Texts cut to fit {config.max_length} tokens: {counts} rows.")
-    _claim(config, running)
-    rows, validation, test = (splits[name][0] for name in ("train", "validation", "test"))
-    trainer = _trainer(config, classifier, rows, validation)
-    zero_shot = _zero_shot(trainer, classifier, test, running, say) if config.zero_shot else None
+    claim(config, running)
+    trainer = _trainer(config, task, rows, validation)
+    zero_shot = _zero_shot(config, task, data.test, running, say) if config.zero_shot else None
     output = trainer.train(resume_from_checkpoint=_last(running) if resume else None)
-    say(f"Testing on {len(test)} rows.")
-    tested, truth = trainer.predict(test), [row["labels"] for row in test.rows]
+    say(f"Testing on {len(data.test)} rows.")
+    results = _predictions(config, task, data.test, say)
+    report = task.report(data.test, results)
     summary = {
-        **_figures(tested, truth, data.labels),
+        "test": report.pop("metrics"),
+        **report,
         "zero_shot": zero_shot,
         "validation": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
-        "parameters": classifier.model.count(),
+        "parameters": task.model.count(),
         "learning_rate": trainer.args.learning_rate,
-        "rows": {name: len(split) for name, (split, _) in splits.items()},
+        "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
         "cut": cut,
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "validations": validations(trainer.state.log_history),
@@ -148,43 +96,28 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         "settings": {key: value for key, value in config.to_dict().items() if key != "output"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    classifier.save_pretrained(config.output, training=summary)
-    texts = [row.text for row in data.test]
-    write_report(config.output, mistakes(texts, truth, tested.predictions, data.labels))
+    task.save_pretrained(config.output, training=summary)
+    write_report(config.output, mistakes([row.text for row in data.test], [row.label for row in data.test], results))
     return TrainResult(config.output, summary["test"], zero_shot, summary)
 
 
-def _figures(tested: PredictionOutput, truth: Sequence[int], labels: Sequence[str]) -> dict[str, Any]:
-    """Metrics, figures per label and confusion on the test rows."""
-    predicted = np.argmax(tested.predictions, axis=-1).tolist()
-    return {
-        "test": compute_metrics(tested),
-        "per_label": per_label(truth, predicted, labels),
-        "confusion": confusion(truth, predicted, labels),
-    }
-
-
-def build(config: TrainConfig, data: ClassificationData) -> PrefixClassifier:
-    """The classifier that `config` trains, at its start."""
+def build(config: TrainConfig, data: Data) -> PrefixTask:
+    """The task that `config` trains, at its start."""
+    cls = task_class(config.task)
+    options = config.task_options(cls.options)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     model = PrefixModel(*load_base(config.model, dtype))
     prefix = config.prefix
     if prefix.instruction is None and prefix.start in (None, "instruction"):
-        prefix = replace(prefix, instruction=default_instruction(data.labels))
+        prefix = replace(prefix, instruction=cls.instruction(data))
+    if cls.reads_tokens and model.kind == "encoder-decoder" and prefix.sites is None:
+        prefix = replace(prefix, sites=("encoder",))  # its decoder is not run
     set_seed(config.seed)
     model.add(NAME, prefix, seed=config.seed)
-    settings = make_settings(
-        model,
-        data.labels,
-        head=config.head,
-        template=config.template,
-        label_words=config.label_words,
-        max_length=config.max_length,
-    )
-    return PrefixClassifier(model, settings)
+    return cls.for_data(model, data, **options)
 
 
-def _trainer(config: TrainConfig, classifier: PrefixClassifier, rows: Rows, validation: Rows) -> PrefixTrainer:
+def _trainer(config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows) -> PrefixTrainer:
     steps = -(-len(rows) // (config.batch_size * config.gradient_accumulation))
     every = config.save_steps or max(1, min(steps, config.max_steps or steps) // 4)
     args = training_arguments(
@@ -207,92 +140,59 @@ def _trainer(config: TrainConfig, classifier: PrefixClassifier, rows: Rows, vali
         metric="loss",
     )
     return PrefixTrainer(
-        classifier,
+        task,
         args,
         patience=config.patience,
-        head_learning_rate=config.head_learning_rate if classifier.head is not None else None,
+        head_learning_rate=config.head_learning_rate if task.head is not None else None,
         train_dataset=rows,
         eval_dataset=validation,
-        data_collator=classifier.collate,
-        compute_metrics=compute_metrics,
+        data_collator=task.collate,
+        compute_metrics=task.compute_metrics,
     )
 
 
-def _rows(classifier: PrefixClassifier, rows: Sequence[Row], labels: Sequence[str]) -> tuple[Rows, int]:
-    """Encoded rows, and how many texts were cut."""
-    encoded, cut = classifier.encode([row.text for row in rows])
-    numbers = {label: i for i, label in enumerate(labels)}
-    examples = [{"input_ids": ids, "labels": numbers[row.label]} for ids, row in zip(encoded, rows, strict=True)]
-    return Rows(examples, [len(ids) for ids in encoded]), sum(cut)
+def _encoded(task: PrefixTask, rows: Sequence[Row]) -> tuple[Rows, int]:
+    """Examples of these rows, and how many rows were cut."""
+    examples, cut = task.examples(rows)
+    return Rows(examples, [len(example["input_ids"]) for example in examples]), sum(cut)
+
+
+def _predictions(config: TrainConfig, task: PrefixTask, rows: Sequence[Row], say: Say) -> list[dict[str, Any]]:
+    """What the active prefix makes of these rows."""
+    return task.predict([row.text for row in rows], config.batch_size, progress=_saying(say))
+
+
+def _saying(say: Say) -> Progress:
+    """A line of news every ten seconds."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(f"testing {done}/{total}")
+
+    return progress
 
 
 def _zero_shot(
-    trainer: PrefixTrainer, classifier: PrefixClassifier, test: Rows, running: Path, say: Say
+    config: TrainConfig, task: PrefixTask, test: Sequence[Row], running: Path, say: Say
 ) -> dict[str, float] | None:
-    """The bare base on the same rows, template and label words; kept, so that a resumed run need not repeat it."""
-    if classifier.head is not None:
+    """The bare base on the same rows and template; kept, so that a resumed run need not repeat it. A task with a
+    trained head has no zero-shot figures."""
+    if task.head is not None:
         return None
     kept = running / "zero-shot.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     say(f"Zero-shot: the base without a prefix on the {len(test)} test rows.")
-    classifier.model.activate(None)
+    task.model.activate(None)
     try:
-        figures = compute_metrics(trainer.predict(test))
+        figures = task.report(test, _predictions(config, task, test, say))["metrics"]
     finally:
-        classifier.model.activate(NAME)
-    _write_json(kept, figures)
+        task.model.activate(NAME)
+    write_json(kept, figures)
     return figures
-
-
-# ---- what a run leaves behind while it runs
-
-
-def _check(config: TrainConfig) -> None:
-    for name in ("epochs", "batch_size", "gradient_accumulation", "max_length"):
-        if getattr(config, name) <= 0:
-            raise InputError(f"{name} must be above 0, not {getattr(config, name)}.")
-    for name in ("max_steps", "train_rows", "validation_rows", "test_rows", "save_steps", "learning_rate"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise InputError(f"{name} must be above 0, not {value}.")
-
-
-def _check_output(config: TrainConfig, running: Path, resume: bool) -> None:
-    """Refuse an output in use, or with `resume` one that holds no unfinished run of the same settings."""
-    unfinished = unfinished_config(config.output)
-    if resume:
-        if unfinished is None:
-            raise InputError(f"there is no unfinished run in {config.output} to resume; leave out --resume.")
-        _check_same(unfinished, config)
-    elif unfinished is not None:
-        raise InputError(f"{config.output} holds an unfinished run; go on with --resume, or use another output.")
-    elif config.output.exists() and any(config.output.iterdir() if config.output.is_dir() else [config.output]):
-        raise InputError(f"{config.output} exists and is not empty; use another output, or remove it.")
-
-
-def _claim(config: TrainConfig, running: Path) -> None:
-    """Make the run's folder, now that nothing that was given can be wrong any more."""
-    try:
-        running.mkdir(parents=True, exist_ok=True)
-        _write_json(running / "run.json", config.to_dict())
-    except OSError as error:
-        raise RunError(f"{running} cannot be written: {error.strerror}.") from error
-
-
-def unfinished_config(output: Path) -> TrainConfig | None:
-    """The settings of the run that `output` holds unfinished, if it does."""
-    saved = output / "training" / "run.json"
-    return TrainConfig.from_dict(json.loads(saved.read_text())) if saved.is_file() else None
-
-
-def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
-    differing = [f.name for f in fields(config) if getattr(saved, f.name) != getattr(config, f.name)]
-    differing = [name for name in differing if name != "output"]
-    if differing:
-        raise InputError(
-            f"the run in {config.output} was started with another {', '.join(differing)}; resume it unchanged."
-        )
 
 
 def _last(running: Path) -> str | None:
@@ -300,28 +200,26 @@ def _last(running: Path) -> str | None:
     return None if last is None else str(last)
 
 
-def _write_json(path: Path, content: Any) -> None:
-    beside = path.with_suffix(f".writing-{os.getpid()}")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def _load(config: TrainConfig) -> ClassificationData:
+def _load(config: TrainConfig) -> Data:
     """The data, cut to the rows asked for; splits and cuts are the same for every seed of training."""
-    data = load_classification(
+    schema = task_class(config.task).schema
+    data = load_data(
         config.data,
+        schema,
         text_column=config.text_column,
         label_column=config.label_column,
         train_rows=config.train_rows,
     )
-    validation = some_rows(data.validation, config.validation_rows, 0, "validation")
-    return replace(data, validation=validation, test=some_rows(data.test, config.test_rows, 0, "test"))
+    validation = some_rows(data.validation, config.validation_rows, 0, "validation", schema.stratified)
+    test = some_rows(data.test, config.test_rows, 0, "test", schema.stratified)
+    return replace(data, validation=validation, test=test)
 
 
-def _describe_data(data: ClassificationData) -> str:
+def _describe_data(data: Data) -> str:
+    labels = f"; {len(data.labels)} labels" if data.labels else ""
     return (
         f"Data: {data.name}, {len(data.train)} rows to train on, {len(data.validation)} to validate, {len(data.test)} "
-        f"to test; {len(data.labels)} labels."
+        f"to test{labels}."
     )
 
 

@@ -1,7 +1,8 @@
 """transformers' Trainer for a frozen base with a few trainable parameters; PrefixTrainer says what it adds.
 
 The model is any module whose forward(**batch) returns a dict with "loss", the mean over the batch's rows, and
-"logits". Nothing here knows of prefixes.
+"logits". Where the loss is a mean over something else (tokens), the model's `items(batch)` counts it. Nothing here
+knows of prefixes.
 """
 
 import dataclasses
@@ -139,20 +140,24 @@ class PrefixTrainer(Trainer):
     # ---- One step
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
-        """Rows of an accumulated batch, over all processes."""
-        rows = sum(find_batch_size(batch) or 0 for batch in batch_samples)
+        """Rows (or what the model counts) of an accumulated batch, over all processes."""
+        items = sum(self._items(batch) for batch in batch_samples)
         if self.args.world_size > 1:
-            rows = int(self.accelerator.gather(torch.tensor([rows], device=device)).sum())
-        return rows
+            items = int(self.accelerator.gather(torch.tensor([items], device=device)).sum())
+        return items
+
+    def _items(self, batch: Any) -> int:
+        count = getattr(self.model, "items", None)
+        return count(batch) if count is not None else find_batch_size(batch) or 0
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's mean loss; in training its share of the mean over the rows of the accumulated batch."""
+        """The model's mean loss; in training its share of the mean over the items of the accumulated batch."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         if model.training and num_items_in_batch:
             # DDP averages over the processes, hence the world size.
-            loss = loss * (find_batch_size(inputs) * self.args.world_size / num_items_in_batch)
+            loss = loss * (self._items(inputs) * self.args.world_size / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -18,18 +18,18 @@ def command(
     batch_size: Annotated[int, typer.Option()] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Measure a saved prefix: accuracy, precision, recall, F1, per label too.
+    """Measure a saved prefix by its task's metrics.
 
     Example: foreword eval runs/news --split validation
     """
     from ..evaluate import evaluate
-    from ..tasks.classify import PrefixClassifier
+    from ..tasks import load_task
     from . import show
 
-    classifier = PrefixClassifier.from_pretrained(directory)
+    task = load_task(directory)
     with show.progress("evaluating") as progress:
         report = evaluate(
-            classifier,
+            task,
             data,
             split=split,
             rows=rows,
@@ -38,7 +38,7 @@ def command(
             batch_size=batch_size,
             progress=progress,
         )
-    show.cut(report["cut"], report["rows"], classifier.settings.max_length)
+    show.cut(report["cut"], report["rows"], task.settings.max_length)
     if as_json:
         show.json(report)
     else:

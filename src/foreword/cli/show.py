@@ -17,7 +17,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from ..train import TrainResult
 
-METRICS = ("accuracy", "precision", "recall", "f1")
+UNSHOWN = {"macro_f1"}  # where it stands beside the weighted means
 
 
 def news(line: str) -> None:
@@ -61,11 +61,13 @@ def progress(what: str) -> Iterator[Callable[[int, int], None] | None]:
 def _metrics_table(title: str, rows: dict[str, dict[str, float] | None]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("")
-    for metric in METRICS:
+    known = next(figures for figures in rows.values() if figures)
+    metrics = [metric for metric in known if metric not in UNSHOWN or "accuracy" not in known]
+    for metric in metrics:
         table.add_column(metric, justify="right")
     for name, figures in rows.items():
         if figures:
-            table.add_row(name, *(f"{figures[metric]:.3f}" for metric in METRICS))
+            table.add_row(name, *(f"{figures[metric]:.3f}" for metric in metrics))
     return table
 
 
@@ -74,9 +76,10 @@ def trained(result: TrainResult) -> None:
     from .. import files
 
     summary, console = result.summary, Console()
-    title = f"{summary['rows']['test']} test rows (precision, recall, F1 weighted by label)"
+    weighted = " (precision, recall, F1 weighted by label)" if "confusion" in summary else ""
+    title = f"{summary['rows']['test']} test rows{weighted}"
     console.print(_metrics_table(title, {"zero-shot": result.zero_shot, "prefix": result.test}))
-    _per_label(console, summary["per_label"])
+    _per_label(console, summary.get("per_label"))
     size = files.size(result.output) / 2**20
     seconds = summary["seconds"]
     console.print(
@@ -86,7 +89,9 @@ def trained(result: TrainResult) -> None:
     )
 
 
-def _per_label(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+def _per_label(console: Console, rows: Sequence[dict[str, Any]] | None) -> None:
+    if rows is None:
+        return
     table = Table()
     for column in ("label", "precision", "recall", "f1", "rows"):
         table.add_column(column, justify="left" if column == "label" else "right")
@@ -106,16 +111,30 @@ def evaluated(report: dict[str, Any]) -> None:
     console = Console()
     title = f"{report['rows']} rows of {report['data']}"
     console.print(_metrics_table(title, {"prefix": report["metrics"]}))
-    _per_label(console, report["per_label"])
+    _per_label(console, report.get("per_label"))
 
 
-def predicted(results: Sequence[dict[str, Any]]) -> None:
+def predicted(results: Sequence[dict[str, Any]], fields: Sequence[str]) -> None:
+    """A row per result: what was found, then the texts (`fields`) that it was found in."""
+    if not results:
+        return
+    columns = [name for name in results[0] if name not in ("scores", "cut", *fields)] + list(fields)
     table = Table()
-    for column in ("label", "probability", "text"):
-        table.add_column(column, justify="right" if column == "probability" else "left")
+    for name in columns:
+        numeric = isinstance(results[0][name], float)
+        shown = "probability" if name == "score" and "label" in columns else name
+        table.add_column(shown, justify="right" if numeric else "left")
     for result in results:
-        table.add_row(result["label"], f"{result['score']:.3f}", result["text"])
+        table.add_row(*(_cell(result[name]) for name in columns))
     Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list | tuple):
+        return " ".join(_cell(one) for one in value)
+    return ": ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
 
 
 def generated(results: Sequence[dict[str, str]]) -> None:

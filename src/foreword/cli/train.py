@@ -20,8 +20,10 @@ def command(
     data: Annotated[
         str, typer.Option(help="Hub id, a csv, tsv, jsonl or parquet file, or a folder of them.")
     ] = defaults.DATA,
-    task: Annotated[str, typer.Option(help="What to train: classify.")] = "classify",
-    text_column: Annotated[str | None, typer.Option(help="Column of the texts; found if not given.")] = None,
+    task: Annotated[str, typer.Option(help="classify, generate, regress, label or answer.")] = "classify",
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the texts, or several with commas; found if not given.")
+    ] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels; found if not given.")] = None,
     form: Annotated[str, typer.Option(help="direct, projected or mlp.")] = "direct",
     length: Annotated[
@@ -34,12 +36,19 @@ def command(
     dynamic: Annotated[
         str | None, typer.Option(help="low_rank, mixture or gates: each text changes its own prefix.")
     ] = None,
+    sites: Annotated[
+        str | None, typer.Option(help="Kinds of attention to enter: encoder,decoder,cross; all if not given.")
+    ] = None,
     head: Annotated[str, typer.Option(help="words, linear, or auto: words where every label has one.")] = "auto",
-    template: Annotated[str | None, typer.Option(help="What stands around {text}.")] = None,
+    template: Annotated[str | None, typer.Option(help="What stands around {text}, {prompt}, ...")] = None,
     label_word: Annotated[
         list[str] | None, typer.Option(help="A label's word; once per label, in the labels' order.")
     ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens of template and text; longer texts are cut.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="generate: the base's own chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="generate: tokens of a completion.")] = 128,
+    beams: Annotated[int, typer.Option(help="generate: beam search over so many in the test.")] = 1,
+    stride: Annotated[int | None, typer.Option(help="answer: tokens that two windows share.")] = None,
     train_rows: Annotated[int | None, typer.Option(help="Train on so many rows.")] = None,
     validation_rows: Annotated[int | None, typer.Option(help="Validate on so many rows.")] = None,
     test_rows: Annotated[int | None, typer.Option(help="Test on so many rows.")] = None,
@@ -67,14 +76,13 @@ def command(
     from ..train import TrainConfig, train, unfinished_config
     from . import show
 
-    if task != "classify":
-        raise InputError(f"task {task!r} is unknown; choose classify.")
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype {dtype!r} is unknown; choose auto, float32 or bfloat16.")
     config = TrainConfig(
         output=output,
         model=model,
         data=data,
+        task=task,
         text_column=text_column,
         label_column=label_column,
         prefix=PrefixConfig(
@@ -83,11 +91,16 @@ def command(
             start=start,  # type: ignore[arg-type]
             instruction=instruction,
             dynamic=dynamic,  # type: ignore[arg-type]
+            sites=tuple(sites.split(",")) if sites is not None else None,  # type: ignore[arg-type]
         ),
         head=head,  # type: ignore[arg-type]
         template=template,
         label_words=tuple(label_word) if label_word else None,
         max_length=max_length,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        beams=beams,
+        stride=stride,
         train_rows=train_rows,
         validation_rows=validation_rows,
         test_rows=test_rows,

@@ -1,192 +1,166 @@
-"""Classification: a template around the text, and a label read off one position.
+"""Classification: a template around the texts, and a label read off one position, or several labels.
 
 Two heads. `words`: each label has a word, and the logits are the base's own for the first token of each word at one
 position; only that position and those rows of the output matrix are ever multiplied. `linear`: a trained layer over
 the hidden state there. The position is the last token (decoders), the mask token or the first (encoders), or the
 decoder's start token (encoder-decoders).
+
+Where a table has lists of labels, each label is a decision of its own: a linear head, the binary cross-entropy, and
+every label of probability above one half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import files
-from ..bases import load_base
+from ..data import Data
 from ..errors import InputError
 from ..model import ACTIVE, PrefixModel
-from .template import ClassifySettings, Encoder, first_token, make_settings
+from ..schemas import CLASSIFY, Row, label_names
+from . import metrics
+from .encoding import Template
+from .metrics import classification_metrics, confusion, multi_label_metrics, per_label
+from .output import output_layer
+from .task import PrefixTask, Progress
+from .template import ClassifySettings, default_instruction, first_token, make_settings
 
 
-class PrefixClassifier(nn.Module):
+class PrefixClassifier(PrefixTask):
     """A PrefixModel and a head; what the Trainer trains and what `foreword.load` gives back.
 
     `forward(input_ids, attention_mask, labels)` returns {"loss", "logits"}; `predict` takes texts.
     """
 
+    name, verb = "classify", "classify"
+    schema, settings_class = CLASSIFY, ClassifySettings
+    options = frozenset({"head", "template", "label_words", "max_length"})
+
     def __init__(self, model: PrefixModel, settings: ClassifySettings) -> None:
-        super().__init__()
-        self.model, self.settings = model, settings
-        output = model.base.get_output_embeddings()
-        if output is None:
-            raise InputError(f"{type(model.base).__name__} has no output embeddings to classify with.")
-        self.head: nn.Linear | None = None
-        if settings.label_words is None:
-            self.head = nn.Linear(output.weight.shape[1], len(settings.labels)).to(model.device)
-            nn.init.zeros_(self.head.weight)  # every label alike at first, whatever the scale of the hidden states
-            nn.init.zeros_(self.head.bias)
-        else:
-            tokens = [first_token(word, model.tokenizer) for word in settings.label_words]
-            self.word_ids = torch.tensor(tokens)
-        self._encoder = Encoder(model, settings)
+        super().__init__(model, settings, len(settings.labels) if settings.label_words is None else None)
+        if settings.label_words is not None:
+            if model.base.get_output_embeddings() is None:
+                raise InputError(f"{type(model.base).__name__} has no output embeddings to classify with.")
+            self.word_ids = torch.tensor([first_token(word, model.tokenizer) for word in settings.label_words])
+        self.compute_metrics = None if settings.multi_label else metrics.compute_metrics
+        self._encoder = Template(model, settings.template, settings.fields, settings.max_length)
 
     @classmethod
-    def for_labels(cls, model: PrefixModel, labels: Sequence[str], **settings: Any) -> PrefixClassifier:
+    def for_labels(cls, model: PrefixModel, labels: Sequence[str], **settings: Any) -> Self:
         """A classifier of `labels`; what is not given is derived from their names, as `make_settings` says."""
         return cls(model, make_settings(model, labels, **settings))
 
+    @classmethod
+    def for_data(cls, model: PrefixModel, data: Data, **options: Any) -> Self:
+        many = isinstance(data.train[0].label, tuple)
+        fields = data.fields if len(data.fields) > 1 else ("text",)
+        return cls.for_labels(model, data.labels, fields=fields, multi_label=many, **options)
+
+    @classmethod
+    def instruction(cls, data: Data) -> str:
+        return default_instruction(data.labels)
+
     # ---- rows to inputs
 
-    def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
+    def encode(self, texts: Sequence[Any]) -> tuple[list[list[int]], list[bool]]:
         """Token ids per text, template included, and which texts were cut to fit."""
-        return self._encoder(texts)
+        return self._encoder([(text,) if isinstance(text, str) else tuple(text) for text in texts])
 
-    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch padded at the end: rows hold `input_ids` and, for a loss, `labels`."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        pad = self.model.tokenizer.pad_token_id or 0
-        ids = [row["input_ids"] + [pad] * (longest - len(row["input_ids"])) for row in rows]
-        mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
-        batch = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        if "labels" in rows[0]:
-            batch["labels"] = torch.tensor([row["labels"] for row in rows])
-        return batch
+    def examples(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[bool]]:
+        encoded, cut = self.encode([row.text for row in rows])
+        return [{"input_ids": ids, "labels": self._target(row)} for ids, row in zip(encoded, rows, strict=True)], cut
+
+    def _target(self, row: Row) -> Any:
+        if self.settings.multi_label:
+            return [float(label in row.label) for label in self.settings.labels]
+        return self.settings.labels.index(row.label)
+
+    def check_rows(self, rows: Sequence[Row], source: str) -> None:
+        if any(isinstance(row.label, tuple) != self.settings.multi_label for row in rows):
+            held = "lists of labels" if not self.settings.multi_label else "one label a row"
+            raise InputError(f"{source} has {held}, and the prefix was not trained for that; give other rows.")
+        unknown = sorted(label_names(rows) - set(self.settings.labels))
+        if unknown:
+            raise InputError(f"{source} has labels that the prefix was not trained for: {', '.join(unknown[:5])}.")
 
     # ---- inputs to logits
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, prefix: Any = ACTIVE
     ) -> dict[str, Tensor]:
-        """Logits `[B, labels]` in float32, and the cross-entropy when labels `[B]` are given."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        position = self._position(input_ids, attention_mask)
-        starts = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
-        if self.model.kind == "encoder-decoder":
-            start = self.model.config.decoder_start_token_id
-            inputs["decoder_input_ids"] = torch.full_like(input_ids[:, :1], start)
-            starts = torch.arange(len(input_ids), device=input_ids.device)
-        elif self.model.packs(prefix) and not bool(attention_mask.all()):
-            lengths = attention_mask.sum(1)
-            starts = lengths.cumsum(0) - lengths
-            inputs = {"input_ids": input_ids[attention_mask.bool()][None], "packed": lengths.tolist()}
-        with self._reading_off(starts + position):
-            logits = self.model(**inputs, prefix=prefix).logits[:, 0].float()
+        """Logits `[B, labels]` in float32, and the cross-entropy when labels `[B]` (`[B, labels]`) are given."""
+        if self.head is not None:
+            logits = self.apply_head(self.pooled(input_ids, attention_mask, prefix))
+        else:
+            logits = self._word_logits(input_ids, attention_mask, prefix)
         if labels is None:
             return {"logits": logits}
+        if self.settings.multi_label:
+            return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, labels), "logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
-    def _position(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """`[B]`, the position in each row that the label is read off."""
-        if self.model.kind == "encoder-decoder":
-            return torch.zeros_like(ids[:, 0])
-        if self.model.kind == "decoder":
-            return (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1)
-        if self.head is not None:
-            return torch.zeros_like(ids[:, 0])
-        return (ids == self.model.tokenizer.mask_token_id).long().argmax(-1)
+    def position(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """`[B]`, the position in its row that each label is read off."""
+        if self.model.kind == "encoder" and self.head is None:
+            return (ids == self.model.tokenizer.mask_token_id).long().argmax(-1)
+        return super().position(ids, mask)
 
-    @contextmanager
-    def _reading_off(self, position: Tensor) -> Iterator[None]:
-        """While open, the base's output layer gives `[B, 1, labels]` at `position` `[B]`, counted through all rows; all
-        around it stays the base's own.
+    def _word_logits(self, ids: Tensor, mask: Tensor, prefix: Any) -> Tensor:
+        """`[B, labels]`: the base's own logits at `position`, of the label words alone."""
+        base: Any = self.model.base
+        output = base.get_output_embeddings()
+        words = self.word_ids.to(output.weight.device)
+        weight = output.weight[words]
+        bias = output.bias[words] if getattr(output, "bias", None) is not None else None
+        final = getattr(base, "final_logits_bias", None)
+        inputs, starts = self.base_inputs(ids, mask, prefix)
+        place = starts + self.position(ids, mask)
 
-        The input is gathered to two dimensions first: a frozen layer over sliced hidden states would expand its
-        weight for every row.
-        """
-        output = self.model.base.get_output_embeddings()
-        weight: Tensor
-        bias: Tensor | None
-        if self.head is not None:
-            weight, bias = self.head.weight, self.head.bias
-        else:
-            weight = output.weight[self.word_ids.to(output.weight.device)]
-            bias = output.bias[self.word_ids] if getattr(output, "bias", None) is not None else None
+        def at_place(hidden: Tensor) -> Tensor:  # [B, n, d] -> [B, 1, labels]
+            # Two dimensions: a frozen layer over sliced hidden states would expand its weight for every row.
+            return nn.functional.linear(hidden.flatten(0, 1)[place].to(weight.dtype), weight, bias)[:, None]
 
-        def at_position(hidden: Tensor) -> Tensor:  # [B, n, d] -> [B, 1, labels]
-            picked = hidden.flatten(0, 1)[position]
-            return nn.functional.linear(picked.to(weight.dtype), weight, bias)[:, None]
+        with output_layer(base, at_place, None if final is None else final[:, words]):
+            return self.model(**inputs, prefix=prefix).logits[:, 0].float()
 
-        base = self.model.base
-        final_bias = getattr(base, "final_logits_bias", None)  # BART adds one over the whole vocabulary
-        output.forward = at_position
-        try:
-            if final_bias is not None:
-                picked = final_bias[:, self.word_ids] if self.head is None else final_bias.new_zeros(1, len(weight))
-                base.final_logits_bias = picked
-            yield
-        finally:
-            del output.forward
-            if final_bias is not None:
-                base.final_logits_bias = final_bias
+    # ---- predictions
 
-    @torch.inference_mode()
     def predict(
-        self, texts: Sequence[str], batch_size: int = 32, prefix: Any = ACTIVE, progress: Any = None
+        self, texts: Sequence[Any], batch_size: int = 32, prefix: Any = ACTIVE, progress: Progress | None = None
     ) -> list[dict[str, Any]]:
         """`{"label", "score", "scores", "cut"}` per text, in order; `score` is the label's probability, and `cut` says
-        that the text was too long to be read whole.
+        that the text was too long to be read whole. With lists of labels `labels` takes the place of the first two.
 
         Raises InputError for an empty text. `progress(done, total)` is called after every batch.
         """
-        for i, text in enumerate(texts):
-            if not text.strip():
-                raise InputError(f"text {i + 1} is empty; there is nothing to classify.")
-        encoded, cut = self.encode(texts)
-        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
-        results: list[dict[str, Any]] = [{} for _ in texts]
-        self.eval()
-        for at in range(0, len(order), batch_size):
-            chunk = order[at : at + batch_size]
-            batch = {
-                k: v.to(self.model.device) for k, v in self.collate([{"input_ids": encoded[i]} for i in chunk]).items()
-            }
-            for i, scores in zip(chunk, self(**batch, prefix=prefix)["logits"].softmax(-1).tolist(), strict=True):
-                best = max(range(len(scores)), key=scores.__getitem__)
-                named = dict(zip(self.settings.labels, scores, strict=True))
-                results[i] = {
-                    "label": self.settings.labels[best],
-                    "score": scores[best],
-                    "scores": named,
-                    "cut": cut[i],
-                }
-            if progress:
-                progress(min(at + batch_size, len(order)), len(order))
-        return results
+        encoded, cut = self.encode(self.read_inputs(texts))
+        logits = self.logits([{"input_ids": ids} for ids in encoded], batch_size, prefix, progress)
+        return [{**self._named(row), "cut": was_cut} for row, was_cut in zip(logits, cut, strict=True)]
 
-    # ---- files
+    def _named(self, logits: Tensor) -> dict[str, Any]:
+        labels = self.settings.labels
+        scores = (logits.sigmoid() if self.settings.multi_label else logits.softmax(-1)).tolist()
+        named = dict(zip(labels, scores, strict=True))
+        if self.settings.multi_label:
+            return {"labels": [label for label, score in named.items() if score > 0.5], "scores": named}
+        best = max(range(len(scores)), key=scores.__getitem__)
+        return {"label": labels[best], "score": scores[best], "scores": named}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
-
-    def save_pretrained(self, directory: str | Path, training: dict[str, Any] | None = None) -> None:
-        """The prefix, the task and the head, as one directory."""
-        extra = {} if self.head is None else {"head.weight": self.head.weight, "head.bias": self.head.bias}
-        self.model.save_pretrained(directory, task=self.settings.to_dict(), training=training, extra=extra)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, model: PrefixModel | None = None) -> PrefixClassifier:
-        """A saved classifier, on its base (loaded by the id in the file) or on `model`, whose bank it joins."""
-        header, tensors = files.read(directory)
-        if not header.get("task") or header["task"]["task"] != "classify":
-            raise InputError(f"{directory} holds no classification prefix.")
-        model = model or PrefixModel(*load_base(header["base"]["id"]))
-        model.load(directory)
-        classifier = cls(model, ClassifySettings.from_dict(header["task"]))
-        if classifier.head is not None:
-            classifier.head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})
-        return classifier.eval()
+    def report(self, rows: Sequence[Row], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Metrics, figures per label and, where there is one label a row, the confusion."""
+        labels = list(self.settings.labels)
+        if self.settings.multi_label:
+            truth = np.array([[label in row.label for label in labels] for row in rows], dtype=int)
+            decided = np.array([[label in result["labels"] for label in labels] for result in results], dtype=int)
+            return {"metrics": multi_label_metrics(truth, decided), "per_label": per_label(truth, decided, labels)}
+        true = [labels.index(row.label) for row in rows]
+        predicted = [labels.index(result["label"]) for result in results]
+        return {
+            "metrics": classification_metrics(true, predicted),
+            "per_label": per_label(true, predicted, labels),
+            "confusion": confusion(true, predicted, labels),
+        }

@@ -1,46 +1,37 @@
-"""The template around a text, the word of each label, and token ids from both.
-
-Only the text is ever cut to fit, never the template.
-"""
+"""What classification derives from the labels' names: the template around the texts, the word of each label."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import InputError
-from ..forms import opening_ids
 from ..model import PrefixModel
-
-TEXT = "{text}"
-MASK = "{mask}"
+from .encoding import MASK, check_template
+from .task import Settings
 
 
 @dataclass(frozen=True)
-class ClassifySettings:
+class ClassifySettings(Settings):
     """How rows become inputs and logits become labels.
 
     labels: their names, in the order of the logits.
     template: what stands around the text; holds {text}, and for label words of an encoder {mask}.
     label_words: one word per label (`words` head), or None (`linear` head).
     max_length: tokens of template and text together; longer texts are cut, the template never.
+    fields: names of the texts that a row has, in the template's braces.
+    multi_label: a row has any number of labels.
     """
 
+    task: ClassVar[str] = "classify"
     labels: tuple[str, ...]
     template: str
     label_words: tuple[str, ...] | None
-    max_length: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"task": "classify", **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, saved: dict[str, Any]) -> ClassifySettings:
-        words = saved["label_words"]
-        return cls(tuple(saved["labels"]), saved["template"], tuple(words) if words else None, saved["max_length"])
+    fields: tuple[str, ...] = ("text",)
+    multi_label: bool = False
 
 
 def default_instruction(labels: Sequence[str]) -> str:
@@ -48,10 +39,18 @@ def default_instruction(labels: Sequence[str]) -> str:
     return f"Read the text and say which category it belongs to: {', '.join(labels)}.\n\n"
 
 
-def default_template(kind: str, words: bool) -> str:
-    if kind == "encoder" and words:
-        return f"{TEXT} Category: {MASK}."
-    return f"Text: {TEXT}\nCategory:" if kind == "decoder" else TEXT
+def default_template(kind: str, words: bool, fields: Sequence[str] = ("text",), separator: str | None = None) -> str:
+    """Texts one below the other, and what the label follows; an encoder's `separator` stands between its texts."""
+    if kind == "decoder":
+        named = "".join(f"{_title(field)}: {{{field}}}\n" for field in fields)
+        return f"{named}Category:"
+    between = f" {separator} " if kind == "encoder" and separator else "\n"
+    texts = between.join(f"{{{field}}}" for field in fields)
+    return f"{texts} Category: {MASK}." if kind == "encoder" and words else texts
+
+
+def _title(field: str) -> str:
+    return field[:1].upper() + field[1:].replace("_", " ")
 
 
 def derive_label_words(labels: Sequence[str], tokenizer: Any) -> tuple[str, ...] | None:
@@ -99,25 +98,31 @@ def make_settings(
     template: str | None = None,
     label_words: Sequence[str] | None = None,
     max_length: int = 128,
+    fields: Sequence[str] = ("text",),
+    multi_label: bool = False,
 ) -> ClassifySettings:
     """Settings for `labels` on a base, what is not given derived from the labels' names.
 
     head: `words`, `linear`, or `auto` (words where every label has one, else linear).
+    fields, multi_label: as in ClassifySettings.
     Raises InputError for a template without {text}, words that begin alike, or too few or many of them.
     """
     if head not in ("auto", "words", "linear"):
         raise InputError(f"head {head!r} is unknown; choose auto, words or linear.")
     if head == "linear" and label_words:
         raise InputError("a linear head has no label words; leave out one of the two.")
+    if multi_label and (head == "words" or label_words):
+        raise InputError("rows with lists of labels need a linear head; leave out the label words.")
+    head = "linear" if multi_label else head
     words = tuple(label_words) if label_words else None
     if head != "linear" and words is None:
         words = derive_label_words(labels, model.tokenizer)
         if words is None and head == "words":
             raise InputError("no distinct label words follow from the label names; give them, or use a linear head.")
-    template = template or default_template(model.kind, words is not None)
-    if template.count(TEXT) != 1:
-        raise InputError(f"the template must hold {TEXT} once: {template!r}.")
-    settings = ClassifySettings(tuple(labels), template, words, max_length)
+    separator = getattr(model.tokenizer, "sep_token", None)
+    template = template or default_template(model.kind, words is not None, fields, separator)
+    check_template(template, fields)
+    settings = ClassifySettings(max_length, tuple(labels), template, words, tuple(fields), multi_label)
     _check_words(settings, model)
     return settings
 
@@ -135,37 +140,3 @@ def _check_words(settings: ClassifySettings, model: PrefixModel) -> None:
             raise InputError(f"the label word {words[i]!r} begins with the same token{other}; choose distinct words.")
     if model.kind == "encoder" and settings.template.count(MASK) != 1:
         raise InputError(f"label words of an encoder need {MASK} once in the template: {settings.template!r}.")
-
-
-class Encoder:
-    """Texts to token ids: the template's two sides are encoded once, and only the text between them is cut."""
-
-    def __init__(self, model: PrefixModel, settings: ClassifySettings) -> None:
-        self.tokenizer = model.tokenizer
-        before, after = settings.template.split(TEXT)
-        opening, closing = ([], []) if model.kind == "decoder" else _opening_and_closing(self.tokenizer)
-        mask = self.tokenizer.mask_token or MASK
-        self.before = opening + self._ids(before.replace(MASK, mask))
-        self.after = self._ids(after.replace(MASK, mask)) + closing
-        limit = model.text_limit()
-        self.room = min(settings.max_length, limit or settings.max_length) - len(self.before) - len(self.after)
-        if self.room < 1:
-            raise InputError(
-                f"the template takes {len(self.before) + len(self.after)} tokens and leaves none of "
-                f"{min(settings.max_length, limit or settings.max_length)} for the text; raise the maximal length."
-            )
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-
-    def __call__(self, texts: Sequence[str]) -> tuple[list[list[int]], list[bool]]:
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
-        cut = [len(ids) > self.room for ids in encoded]
-        return [self.before + ids[: self.room] + self.after for ids in encoded], cut
-
-
-def _opening_and_closing(tokenizer: Any) -> tuple[list[int], list[int]]:
-    opening = opening_ids(tokenizer)
-    whole = tokenizer("a")["input_ids"]
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return opening, whole[len(opening) + len(inner) :]

@@ -1,0 +1,144 @@
+"""The settings of a training run, and what of them a killed run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from . import defaults
+from .errors import InputError, RunError
+from .forms import PrefixConfig
+
+# Settings that a task reads, and may not know.
+TASK_OPTIONS = ("head", "template", "label_words", "max_length", "chat", "max_new_tokens", "beams", "stride")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; what is None is derived.
+
+    model, data: a hub id, a folder (or file), or the embedded default.
+    task: what the prefix is for, a name in `foreword.tasks.TASKS`.
+    text_column: several with commas between, where a row has several texts.
+    prefix: what the prefix is made of. Without an instruction or another start, the instruction is the task's.
+    learning_rate: by default that of the form (`LEARNING_RATES`); a trained head learns at `head_learning_rate`.
+    max_length: tokens of template and text together.
+    chat: the base's chat template stands around the prompt (`generate`).
+    max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).
+    beams: beam search over so many when completions are tested (`generate`).
+    stride: tokens that two windows of a long context share (`answer`); by default half of what a window holds.
+    validation_rows, test_rows: how many rows to validate and test on, all by default.
+    save_steps: steps between checkpoints and validations; by default a quarter of an epoch.
+    """
+
+    output: Path
+    model: str = defaults.MODEL
+    data: str = defaults.DATA
+    task: str = "classify"
+    text_column: str | None = None
+    label_column: str | None = None
+    train_rows: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    head: Literal["auto", "words", "linear"] = "auto"
+    template: str | None = None
+    label_words: tuple[str, ...] | None = None
+    max_length: int = 128
+    chat: bool = False
+    max_new_tokens: int = 128
+    beams: int = 1
+    stride: int | None = None
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    learning_rate: float | None = None
+    head_learning_rate: float = 1e-3
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    patience: int | None = None
+    save_steps: int | None = None
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool = False
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    zero_shot: bool = True
+    report_to: str = "none"
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "output": str(self.output)}
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> TrainConfig:
+        words = saved["label_words"]
+        changed = {"output": Path(saved["output"]), "prefix": PrefixConfig.from_dict(saved["prefix"])}
+        return cls(**{**saved, **changed, "label_words": tuple(words) if words else None})
+
+    def task_options(self, known: frozenset[str]) -> dict[str, Any]:
+        """The settings that the task knows. Raises InputError for one that was given and that it does not know."""
+        usual = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        for name in TASK_OPTIONS:
+            if name not in known and getattr(self, name) != usual[name]:
+                raise InputError(f"the task {self.task} has no setting {name}; leave it out.")
+        return {name: getattr(self, name) for name in TASK_OPTIONS if name in known}
+
+    def check(self) -> None:
+        """Raise InputError for numbers that cannot be meant."""
+        for name in ("epochs", "batch_size", "gradient_accumulation", "max_length", "max_new_tokens", "beams"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} must be above 0, not {getattr(self, name)}.")
+        for name in ("max_steps", "train_rows", "validation_rows", "test_rows", "save_steps", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"{name} must be above 0, not {value}.")
+
+
+# ---- what a run leaves behind while it runs
+
+
+def check_output(config: TrainConfig, resume: bool) -> None:
+    """Refuse an output in use, or with `resume` one that holds no unfinished run of the same settings."""
+    unfinished = unfinished_config(config.output)
+    if resume:
+        if unfinished is None:
+            raise InputError(f"there is no unfinished run in {config.output} to resume; leave out --resume.")
+        _check_same(unfinished, config)
+    elif unfinished is not None:
+        raise InputError(f"{config.output} holds an unfinished run; go on with --resume, or use another output.")
+    elif config.output.exists() and any(config.output.iterdir() if config.output.is_dir() else [config.output]):
+        raise InputError(f"{config.output} exists and is not empty; use another output, or remove it.")
+
+
+def claim(config: TrainConfig, running: Path) -> None:
+    """Make the run's folder, now that nothing that was given can be wrong any more."""
+    try:
+        running.mkdir(parents=True, exist_ok=True)
+        write_json(running / "run.json", config.to_dict())
+    except OSError as error:
+        raise RunError(f"{running} cannot be written: {error.strerror}.") from error
+
+
+def unfinished_config(output: Path) -> TrainConfig | None:
+    """The settings of the run that `output` holds unfinished, if it does."""
+    saved = output / "training" / "run.json"
+    return TrainConfig.from_dict(json.loads(saved.read_text())) if saved.is_file() else None
+
+
+def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
+    differing = [f.name for f in fields(config) if getattr(saved, f.name) != getattr(config, f.name)]
+    differing = [name for name in differing if name != "output"]
+    if differing:
+        raise InputError(
+            f"the run in {config.output} was started with another {', '.join(differing)}; resume it unchanged."
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Written beside and renamed."""
+    beside = path.with_suffix(f".writing-{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)

@@ -171,13 +171,16 @@ class PrefixClassifier(nn.Module):
         self.model.save_pretrained(directory, task=self.settings.to_dict(), training=training, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, model: PrefixModel | None = None) -> PrefixClassifier:
-        """A saved classifier, on its base (loaded by the id in the file) or on `model`, whose bank it joins."""
+    def from_pretrained(
+        cls, directory: str | Path, model: PrefixModel | None = None, name: str | None = None
+    ) -> PrefixClassifier:
+        """A saved classifier, on its base (loaded by the id in the file) or on `model`, whose bank it joins as `name`
+        (the folder's by default)."""
         header, tensors = files.read(directory)
         if not header.get("task") or header["task"]["task"] != "classify":
             raise InputError(f"{directory} holds no classification prefix.")
         model = model or PrefixModel(*load_base(header["base"]["id"]))
-        model.load(directory)
+        model.load(directory, name)
         classifier = cls(model, ClassifySettings.from_dict(header["task"]))
         if classifier.head is not None:
             classifier.head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})

@@ -168,9 +168,11 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _sentence(errors: Sequence[Any]) -> str:
-    """What is wrong with a request, of all that pydantic found the first that lies deepest."""
-    first = max(errors, key=lambda error: len(error["loc"]))
-    place = ".".join(str(part) for part in first["loc"][1:])[:80]
+    """What is wrong with a request: of all that pydantic found (one for each type that a field may have), the first
+    that says more than that the type is another one, else the first that lies deepest."""
+    telling = [error for error in errors if not error["type"].endswith(("_type", "_parsing"))]
+    first = max(telling or errors, key=lambda error: len(error["loc"]))
+    place = ".".join(str(part) for part in first["loc"][1:] if "[" not in str(part))[:80]
     return f"{place or 'the body'}: {first['msg'].lower()}; /docs says what is taken."
 
 

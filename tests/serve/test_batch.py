@@ -6,11 +6,10 @@ from random import Random
 
 import pytest
 import torch
+from conformance.families import DECODERS, VOCABULARY, Family, add, wrapped
 
 from foreword.model import PrefixModel
 from foreword.serve.batch import ROOM, Batch, Row
-
-from conformance.families import DECODERS, VOCABULARY, Family, add, wrapped
 
 NAMES = ("long", "short", None)
 

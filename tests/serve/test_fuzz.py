@@ -27,6 +27,12 @@ SETTINGS = {
     "phases": [Phase.generate],
     "suppress_health_check": list(HealthCheck),
 }
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    schemathesis.checks.response_schema_conformance,
+    schemathesis.checks.content_type_conformance,
+    schemathesis.checks.status_code_conformance,
+]
 POSTS = ["completions", "chat/completions", "classify"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -46,6 +52,18 @@ BODIES = st.fixed_dictionaries(
         "stop": st.text(max_size=3) | JSON,
     },
 )
+SOUND = st.fixed_dictionaries(
+    {"model": st.sampled_from([*NAMES, "tiny-llama"]), "prompt": st.text(min_size=1, max_size=30)},
+    optional={
+        "max_tokens": st.integers(1, 8),
+        "stream": st.booleans(),
+        "stop": st.text(min_size=1, max_size=3),
+        "temperature": st.floats(0, 2),
+        "top_p": st.floats(0.01, 1),
+        "seed": st.integers(-(2**63), 2**63 - 1),
+        "logprobs": st.integers(0, 20),
+    },
+)
 
 
 @pytest.mark.slow
@@ -57,7 +75,7 @@ def test_no_request_breaks_the_server(server: Server, offline: Offline) -> None:
         assert client.get("/healthz").json() == {"status": "ok"}
     print(f"\nfuzz: {sum(seen.values())} requests, by status {dict(sorted(seen.items()))}")
     assert sum(seen.values()) >= REQUESTS
-    assert seen[200] > 100 and seen[400] > 100
+    assert min(seen[200], seen[400]) > REQUESTS / 20
     for name in NAMES:
         httpx.post(f"{server.url}/v1/prefixes/{name}/load")  # the fuzz may have unloaded it
         assert complete(server, name, "the cat").choices[0].text == offline.text(name, "the cat", 12)
@@ -81,9 +99,7 @@ def send_by_schema(client: httpx.Client, count: int, seen: Counter[int]) -> None
                 response = case.call(base_url=str(client.base_url))
                 seen[response.status_code] += 1
                 assert response.status_code < 500, (response.status_code, case.body, response.text)
-                case.validate_response(
-                    response, checks=[schemathesis.checks.not_a_server_error], base_url=str(client.base_url)
-                )
+                case.validate_response(response, checks=CHECKS)
 
             try:
                 send()
@@ -100,7 +116,7 @@ def send_raw(client: httpx.Client, count: int, seen: Counter[int]) -> None:
     """`count` bodies: bytes of any kind, JSON of any kind, and objects whose fields have likely names."""
 
     @settings(max_examples=count, **SETTINGS)  # type: ignore[arg-type]
-    @given(st.sampled_from(POSTS), BODIES.map(dumped) | JSON.map(dumped) | st.binary(max_size=200))
+    @given(st.sampled_from(POSTS), SOUND.map(dumped) | BODIES.map(dumped) | JSON.map(dumped) | st.binary(max_size=200))
     def send(path: str, body: bytes) -> None:
         response = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
         seen[response.status_code] += 1

@@ -45,14 +45,15 @@ class Soak:
             for name in CLASSIFIERS
         }
 
-    def run(self, seconds: float) -> None:
+    def begin(self) -> None:
         work = [self.ask] * ASKING + [self.leave, self.leave, self.err, self.reload, self.classify]
-        threads = [threading.Thread(target=self._repeat, args=(one, Random(i))) for i, one in enumerate(work)]
-        for thread in threads:
+        self._threads = [threading.Thread(target=self._repeat, args=(one, Random(i))) for i, one in enumerate(work)]
+        for thread in self._threads:
             thread.start()
-        time.sleep(seconds)
+
+    def finish(self) -> None:
         self._stop.set()
-        for thread in threads:
+        for thread in self._threads:
             thread.join(120)
             assert not thread.is_alive(), "a request hangs"
 
@@ -120,27 +121,19 @@ class Soak:
 def test_soak(serve: Callable[..., Server], prefixes: Path, offline: Offline) -> None:
     soak = Soak(serve(prefixes, "--rows", 8), offline)
     third = MINUTES * 60 / 3
-
-    def disturb() -> None:
+    soak.begin()
+    try:
         time.sleep(third)
         soak.down.set()
         soak.server.end(signal.SIGKILL)
         soak.server = serve(prefixes, "--rows", 8)
         soak.down.clear()
-
-    sizes: list[float] = []
-
-    def watch() -> None:
-        time.sleep(2 * third)  # warmed up again since the kill
+        time.sleep(third)
+        sizes = [soak.memory()]
+        time.sleep(third)
         sizes.append(soak.memory())
-
-    helpers = [threading.Thread(target=one) for one in (disturb, watch)]
-    for helper in helpers:
-        helper.start()
-    soak.run(3 * third)
-    for helper in helpers:
-        helper.join()
-    sizes.append(soak.memory())
+    finally:
+        soak.finish()
     print(f"\nsoak: {MINUTES:g} minutes, {dict(soak.seen)}, memory {sizes[0]:.0f} to {sizes[1]:.0f} MiB")
     assert not soak.wrong, soak.wrong[:3]
     assert min(soak.seen[kind] for kind in ("answered", "classified", "left", "bad", "reloaded")) > 0

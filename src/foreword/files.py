@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from .errors import InputError, RunError
@@ -128,12 +128,13 @@ def read(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(directory) / TENSORS
     if not path.is_file():
         raise InputError(f"{directory} is damaged: {TENSORS} is missing; save the prefix again.")
-    if _digest(path) != header["digest"]:
+    raw = path.read_bytes()  # not mapped: a file that is overwritten in place would change the prefix in memory
+    if hashlib.sha256(raw).hexdigest() != header["digest"]:
         raise InputError(
             f"{path} is damaged or belongs to another {HEADER} (its digest differs); save the prefix again."
         )
     try:
-        tensors = load_file(path)
+        tensors = load(raw)
     except SafetensorError as error:
         raise InputError(f"{path} is damaged: {error}; save the prefix again.") from error
     for site in header["sites"]:

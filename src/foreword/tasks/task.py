@@ -250,8 +250,9 @@ class PrefixTask(nn.Module):
         self.model.save_pretrained(directory, task=self.settings.to_dict(), training=training, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, model: PrefixModel | None = None) -> Self:
-        """A saved prefix of this task, on its base (loaded by the id in the file) or on `model`, whose bank it joins.
+    def from_pretrained(cls, directory: str | Path, model: PrefixModel | None = None, name: str | None = None) -> Self:
+        """A saved prefix of this task, on its base (loaded by the id in the file) or on `model`, whose bank it joins as
+        `name` (the folder's by default).
 
         Raises InputError where the prefix is of another task.
         """
@@ -260,7 +261,7 @@ class PrefixTask(nn.Module):
         if not saved or saved["task"] != cls.name:
             raise InputError(f"{directory} holds no prefix of the task {cls.name}.")
         model = model or PrefixModel(*load_base(header["base"]["id"]))
-        model.load(directory)
+        model.load(directory, name)
         task = cls(model, cls.settings_class.from_dict(saved))
         if task.head is not None:
             task.head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ForewordError
 from . import eval as eval_command
-from . import generate, inspect, predict, train
+from . import export, generate, import_, inspect, predict, train
 
 app = typer.Typer(
     name="foreword",
@@ -25,6 +25,8 @@ app.command("eval")(eval_command.command)
 app.command("predict")(predict.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
+app.command("export")(export.command)
+app.command("import")(import_.command)
 
 
 def main() -> None:

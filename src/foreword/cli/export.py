@@ -1,0 +1,30 @@
+"""foreword export"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Target(StrEnum):
+    peft = "peft"
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="A saved prefix.")],
+    to: Annotated[Target, typer.Option(help="The library to write for.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write a saved prefix for another library, or say why that library cannot carry it exactly.
+
+    Example: foreword export runs/news --to peft --output news-peft
+    """
+    from ..interop import peft
+    from . import show
+
+    for note in peft.export(directory, output):
+        show.news(note)
+    show.news(f"Written to {output}.")

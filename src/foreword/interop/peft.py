@@ -113,8 +113,8 @@ def put(model: PrefixModel, config: dict[str, Any], tensors: dict[str, Tensor], 
     if config.get("num_attention_heads") != heads or len(shapes) > 1 or flat.shape[1] != width:
         raise InputError(
             f"{directory} does not fit {model.base_id}: it holds {flat.shape[1]} numbers per token for "
-            f"{config.get('num_attention_heads')} heads, and the base's {len(sites)} layers take {width}, heads and head "
-            f"sizes {sorted(shapes)}."
+            f"{config.get('num_attention_heads')} heads, and the base's {len(sites)} layers take {width}, heads and "
+            f"head sizes {sorted(shapes)}."
         )
     kv = unflatten(flat, [site.name for site in sites], heads)
     slides = any(site.window for site in sites)

@@ -52,6 +52,7 @@ class World:
         self.folder.mkdir(parents=True)
         base_of(family).save_pretrained(self.path)
         base = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).eval()
+        base.generation_config.eos_token_id = None  # both go on behind it
         self.model = PrefixModel(base)
         for i, (name, length) in enumerate(lengths.items()):
             self.add(name, length, seed=i)
@@ -69,9 +70,7 @@ class World:
 
     def expected(self, request: dict[str, Any]) -> list[int]:
         ids = torch.tensor([request["ids"]])
-        out = self.model.generate(
-            input_ids=ids, prefix=request["prefix"], max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
-        )
+        out = self.model.generate(input_ids=ids, prefix=request["prefix"], max_new_tokens=NEW, do_sample=False)
         return out[0, ids.shape[1] :].tolist()
 
     def run(self, batches: list[list[dict[str, Any]]], environment: dict[str, str] | None = None, **engine: Any) -> Any:
@@ -151,3 +150,52 @@ def test_greedy_tokens_equal_forewords_and_bad_requests_fail_alone(family: str, 
     assert [output["ids"] for output in last[len(bad) :]] == [world.expected(request) for request in mixed]
     assert result["metrics"]["vllm:prefix_cache_hits"] > 0
     assert any(world.expected(r) != world.expected({**r, "prefix": None}) for r in mixed)
+
+
+ALL = [*LENGTHS, None]
+
+
+def test_sliding_windows_pass_over_the_prefix_as_forewords_do(tmp_path: Path) -> None:
+    world = World("windows", tmp_path, LENGTHS)  # a window of 48
+    batches = [requests_for([*ALL, *ALL], 0), requests_for(ALL, 0, length=70)]
+    world.assert_equal([*batches, *batches])
+
+
+def test_long_prompts_in_chunks_and_preempted_requests_are_exact(tmp_path: Path) -> None:
+    world = World("grouped", tmp_path, LENGTHS)
+    batch = requests_for([*ALL, *ALL], 0, length=50)
+    world.assert_equal([batch], max_num_batched_tokens=32, enable_chunked_prefill=True)
+    preempted = world.assert_equal([batch], num_gpu_blocks_override=10, max_model_len=160)
+    assert preempted["metrics"]["vllm:num_preemptions"] > 0
+
+
+def test_without_prefix_caching_every_request_loads_its_own(tmp_path: Path) -> None:
+    world = World("grouped", tmp_path, LENGTHS)
+    result = world.assert_equal([requests_for([*ALL, *ALL], 0)], enable_prefix_caching=False)
+    assert result["metrics"]["vllm:prefix_cache_hits"] == 0
+
+
+@pytest.mark.parametrize("family", ["grouped", "single"])
+def test_two_ranks_hold_their_own_heads(family: str, tmp_path: Path) -> None:
+    world = World(family, tmp_path, LENGTHS)
+    world.assert_equal(
+        [requests_for([*ALL, *ALL], 0)], tensor_parallel_size=2, environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    )
+
+
+def test_a_prefix_that_is_text_equals_vllms_own_reading_of_it_in_bfloat16(tmp_path: Path) -> None:
+    world = World("grouped", tmp_path, {}, dtype=torch.bfloat16)
+    opening = text(7, 41)
+    with torch.no_grad():
+        from foreword.forms import Finished, PrefixConfig
+        from foreword.sites import capture
+
+        kv = capture(world.model.base, world.model.sites, torch.tensor([opening])).kv
+    world.model.forms["text"] = Finished(kv)
+    world.model.configs["text"] = PrefixConfig(length=41, positions="after")
+    world.model.headers["text"] = {"prefix": {"parameters": 0}}
+    world.model.save_pretrained(world.folder / "text", "text")
+    pairs = [({"ids": text(i, 9), "prefix": "text"}, {"ids": opening + text(i, 9), "prefix": None}) for i in range(4)]
+    result = world.run([[request for pair in pairs for request in pair]], dtype="bfloat16")
+    outputs = [output["ids"] for output in result["batches"][0]]
+    assert outputs[::2] == outputs[1::2]

@@ -3,7 +3,7 @@
     python tests/vllm_engine.py job.json result.json
 
 A job: {"model", "prefixes", "base", "engine": {...}, "max_tokens", "batches": [[request, ...], ...]}; a request:
-{"ids", "prefix": name or null} or, to misbehave, with "prompt", "params", "salt", "prompt_logprobs" as they are to be sent.
+{"ids", "prefix": name or null} or, to misbehave, with "prompt", "params", "salt", "prompt_logprobs" as they are sent.
 The result: {"batches": [[{"ids", "reason"}, ...], ...], "metrics": {name: value}, "seconds": [per batch]}.
 """
 

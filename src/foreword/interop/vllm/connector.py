@@ -1,9 +1,9 @@
 """The KV connector for vLLM's v1 engine (0.32): trained keys and values are written into the paged cache.
 
-Loaded by `kv_connector_module_path`. The scheduler's side matches a request's placeholders as already computed elsewhere;
-the worker's side writes the prefix through the attention backend's own writer into the blocks that the scheduler gave.
-Every load is asynchronous in vLLM's sense: blocks enter the prefix cache only once they are written, and a request whose
-load fails, or that is refused, fails alone.
+Loaded by `kv_connector_module_path`. The scheduler's side matches a request's placeholders as already computed
+elsewhere; the worker's side writes the prefix through the attention backend's own writer into the blocks that the
+scheduler gave. Every load is asynchronous in vLLM's sense: blocks enter the prefix cache only once they are written,
+and a request whose load fails, or that is refused, fails alone.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class ForewordConnector(KVConnectorBase_V1, SupportsHMA):
                 raise InputError(f"the attention backend {type(backend).__name__} has no writer that foreword can use.")
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Carry out this step's orders. Raises nothing, as that would end the engine: a failure is the request's own."""
+        """Carry out this step's orders. Raises nothing, as that would end the engine: the request alone fails."""
         orders = self._get_connector_metadata()
         assert isinstance(orders, Orders)
         self._results.finished_recving.update(orders.failing)
@@ -235,4 +235,3 @@ def _shape(kv_cache_config: Any, group: int, name: str) -> CacheLayer:
     spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
     value_size = spec.head_size_v if spec.head_size_v is not None else spec.head_size
     return CacheLayer(spec.num_kv_heads, spec.head_size, value_size)
-

@@ -4,9 +4,9 @@
     kv_transfer_params  {"foreword": {"prefix": name, "digest": sha256, "placeholder": token}}
     cache_salt          foreword:name:digest
 
-The salt keeps blocks apart: placeholders look alike, so without it one prefix's blocks would serve another. It holds the
-digest of the content, so that a prefix that was trained again misses. Only the front writes these fields; the engine's
-side checks them against each other (`refusal`), and what a client set is dropped (`rewrite`).
+The salt keeps blocks apart: placeholders look alike, so without it one prefix's blocks would serve another. It holds
+the digest of the content, so that a prefix that was trained again misses. Only the front writes these fields; the
+engine's side checks them against each other (`refusal`), and what a client set is dropped (`rewrite`).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def rewrite(
     The prompt becomes ids, behind placeholders where a prefix is wanted. Raises InputError naming a field that is
     unknown or that cannot go with a prefix.
     """
-    kept = {k: v for k, v in body.items() if k not in DROPPED and v not in (None, False)}
+    kept = {k: v for k, v in body.items() if k not in DROPPED and v is not None and v is not False}
     for name in REFUSED if wanted else ():
         if name in kept:
             raise InputError(f"{name} cannot be asked for with a prefix.")

@@ -4,7 +4,8 @@
 
 A job: {"model", "prefixes", "base", "engine": {...}, "max_tokens", "batches": [[request, ...], ...]}; a request:
 {"ids", "prefix": name or null} or, to misbehave, with "prompt", "params", "salt", "prompt_logprobs" as they are sent.
-The result: {"batches": [[{"ids", "reason"}, ...], ...], "metrics": {name: value}, "seconds": [per batch]}.
+The result: {"batches": [[{"ids", "reason"}, ...], ...], "seconds": [...],
+"metrics": [{name: value}, ...]}, per batch.
 """
 
 import json
@@ -52,14 +53,14 @@ def main() -> None:
         **job["engine"],
     )
     folder = PrefixFolder(job["prefixes"])
-    batches, seconds = [], []
+    batches, seconds, metrics = [], [], []
     for batch in job["batches"]:
         pairs = [prompt_and_sampling(request, folder, job["max_tokens"]) for request in batch]
         begun = time.perf_counter()
         outputs = llm.generate([p for p, _ in pairs], [s for _, s in pairs], use_tqdm=False)
         seconds.append(time.perf_counter() - begun)
         batches.append([{"ids": list(o.outputs[0].token_ids), "reason": o.outputs[0].finish_reason} for o in outputs])
-    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        metrics.append({m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")})
     Path(sys.argv[2]).write_text(json.dumps({"batches": batches, "metrics": metrics, "seconds": seconds}))
 
 

@@ -163,6 +163,7 @@ def header(**changes: Any) -> dict[str, Any]:
     ("changes", "reason"),
     [
         ({"prefix_form": "retrieved"}, "form 'retrieved' computes keys and values from each input"),
+        ({"prefix_dynamic": "mixture"}, "form 'mixture' computes keys and values from each input"),
         ({"site_kind": "encoder"}, "enters encoder attention"),
         ({"site_kind": "cross"}, "enters cross attention"),
         ({"prefix_layers": [0, 2]}, r"only layers \[0, 2\]"),
@@ -225,10 +226,10 @@ def test_a_layout_that_peft_makes_for_old_caches_is_refused(tmp_path: Path) -> N
 def test_task_and_head_are_left_behind_with_a_sentence(tmp_path: Path) -> None:
     ours = ours_on(make("llama"))
     task = {"task": "classify", "labels": ["a", "b"], "label_words": None}
-    ours.save_pretrained(tmp_path / "p", task=task)
+    ours.save_pretrained(tmp_path / "p", task=task, extra={"head.weight": torch.zeros(2, 32)})
     notes = interop.export(tmp_path / "p", tmp_path / "out")
     assert "The task (classify) is not carried" in notes[0]
-    assert "head is not carried" in notes[1]
+    assert "The trained head is not carried" in notes[1]
     ours.save_pretrained(tmp_path / "p", task={**task, "label_words": [" a", " b"]})
     assert len(interop.export(tmp_path / "p", tmp_path / "out")) == 1
 

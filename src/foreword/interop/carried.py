@@ -7,6 +7,7 @@ it runs inside other engines' environments too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ def check_carried(header: dict[str, Any], engine: str) -> None:
 
 def _reason(header: dict[str, Any]) -> str | None:
     prefix, sites = header["prefix"], header["sites"]
-    if prefix["form"] not in FIXED_FORMS:
-        return f"its form {prefix['form']!r} computes keys and values from each input, and a cache holds them fixed"
+    changing = prefix.get("dynamic") or (None if prefix["form"] in FIXED_FORMS else prefix["form"])
+    if changing:
+        return f"its form {changing!r} computes keys and values from each input, and a cache holds them fixed"
     kinds = sorted({site["kind"] for site in sites} - {"decoder"})
     if kinds:
         return f"it enters {' and '.join(kinds)} attention, and only a decoder's self-attention has such a cache"
@@ -52,14 +54,13 @@ def _window_reason(sites: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def left_behind(header: dict[str, Any]) -> list[str]:
-    """What a cache does not hold of this prefix and its reader has to do, a sentence each."""
-    task = header.get("task")
-    if not task:
-        return []
-    notes = [f"The task ({task['task']}) is not carried: write the same template around each text."]
-    if task.get("task") == "classify" and task.get("label_words") is None:
-        notes.append("The trained classification head is not carried: the logits are over the vocabulary.")
+def left_behind(header: dict[str, Any], tensors: Iterable[str]) -> list[str]:
+    """What a cache does not hold of a prefix, by its header and the names of its tensors, a sentence each."""
+    notes = []
+    if header.get("task"):
+        notes.append(f"The task ({header['task']['task']}) is not carried: write the same template around each text.")
+    if any(name.startswith("head.") for name in tensors):
+        notes.append("The trained head is not carried: the logits are over the vocabulary.")
     return notes
 
 

@@ -49,7 +49,7 @@ def export(directory: str | Path, output: str | Path) -> list[str]:
         save_file({"prompt_embeddings": flatten(kv)}, beside / WEIGHTS)
         config = _config(header["base"]["id"], kv.length, len(kv.sites), heads, size)
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return left_behind(header)
+    return left_behind(header, tensors)
 
 
 def _config(base: str, length: int, layers: int, heads: int, size: int) -> dict[str, Any]:

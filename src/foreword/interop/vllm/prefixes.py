@@ -100,7 +100,7 @@ def export(directory: str | Path, output: str | Path) -> list[str]:
 
     Raises InputError when a paged cache cannot carry it, the name cannot be requested, or it is damaged.
     """
-    header, _ = files.read(directory)
+    header, tensors = files.read(directory)
     check_carried(header, "vLLM")
     name = Path(output).resolve().name
     if not NAME.fullmatch(name):
@@ -110,4 +110,4 @@ def export(directory: str | Path, output: str | Path) -> list[str]:
         for file in (files.HEADER, files.TENSORS, files.CARD):
             if (Path(directory) / file).is_file():
                 shutil.copyfile(Path(directory) / file, beside / file)
-    return left_behind(header)
+    return left_behind(header, tensors)

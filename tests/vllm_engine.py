@@ -4,8 +4,7 @@
 
 A job: {"model", "prefixes", "base", "engine": {...}, "max_tokens", "batches": [[request, ...], ...]}; a request:
 {"ids", "prefix": name or null} or, to misbehave, with "prompt", "params", "salt", "prompt_logprobs" as they are sent.
-The result: {"batches": [[{"ids", "reason"}, ...], ...], "seconds": [...],
-"metrics": [{name: value}, ...]}, per batch.
+The result, per batch: {"batches": [[{"ids", "reason", "logprob"}, ...], ...], "seconds": [...], "metrics": [...]}.
 """
 
 import json
@@ -13,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, CompletionOutput, SamplingParams
 
 from foreword.interop.vllm import requests
 from foreword.interop.vllm.prefixes import PrefixFolder
@@ -34,10 +33,18 @@ def prompt_and_sampling(request: dict, folder: PrefixFolder, max_tokens: int) ->
         max_tokens=max_tokens,
         ignore_eos=True,
         detokenize=False,
+        logprobs=0,
         prompt_logprobs=request.get("prompt_logprobs"),
         extra_args={"kv_transfer_params": params} if params else None,
     )
     return prompt, sampling
+
+
+def told(output: CompletionOutput) -> dict:
+    """Tokens, why they ended, and the first one's log-probability."""
+    ids = list(output.token_ids)
+    first = output.logprobs[0][ids[0]].logprob if ids else None
+    return {"ids": ids, "reason": output.finish_reason, "logprob": first}
 
 
 def main() -> None:
@@ -59,7 +66,7 @@ def main() -> None:
         begun = time.perf_counter()
         outputs = llm.generate([p for p, _ in pairs], [s for _, s in pairs], use_tqdm=False)
         seconds.append(time.perf_counter() - begun)
-        batches.append([{"ids": list(o.outputs[0].token_ids), "reason": o.outputs[0].finish_reason} for o in outputs])
+        batches.append([told(output.outputs[0]) for output in outputs])
         metrics.append({m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")})
     Path(sys.argv[2]).write_text(json.dumps({"batches": batches, "metrics": metrics, "seconds": seconds}))
 

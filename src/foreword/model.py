@@ -351,19 +351,21 @@ class PrefixModel(nn.Module):
     def header(self, name: str, task: dict[str, Any] | None = None, training: dict[str, Any] | None = None) -> dict:
         """What `prefix.json` says of a prefix."""
         kv, config = self.kv(name), self.configs[name]
-        kinds = {site.name: site.kind for site in self.sites}
+        sites = {site.name: site for site in self.sites}
         return {
             "base": {
                 "id": self.base_id,
                 "fingerprint": self.fingerprint,
                 "model": type(self.base).__name__,
                 "parameters": sum(p.numel() for p in self.base.parameters()),
+                "shared_layers": getattr(self.config.get_text_config(), "num_kv_shared_layers", 0) or 0,
             },
             "prefix": {**config.to_dict(), "start": config.chosen_start, "parameters": self.count(name)},
             "sites": [
                 {
                     "name": n,
-                    "kind": kinds[n],
+                    "kind": sites[n].kind,
+                    "window": sites[n].window,
                     "keys": list(s.keys.shape[1:]),
                     "values": list(s.values.shape[1:]),
                 }

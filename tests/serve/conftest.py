@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -53,6 +54,11 @@ def save_prefixes(model: PrefixModel, folder: Path) -> None:
         classifier.save_pretrained(folder / name)
     shutil.copytree(folder / "p0", folder / "damaged")
     (folder / "damaged" / "prefix.json").write_text("{", encoding="utf-8")
+    header = json.loads((folder / "p0" / "prefix.json").read_text(encoding="utf-8"))
+    changes = {"moving": {"prefix": {**header["prefix"], "dynamic": "gates"}}, "adapted": {"combined": {"lora": {}}}}
+    for name, change in changes.items():
+        shutil.copytree(folder / "p0", folder / name)
+        (folder / name / "prefix.json").write_text(json.dumps({**header, **change}), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,8 @@ def test_damaged_prefixes_are_told(server: Server) -> None:
     assert states["damaged"]["damaged"] and not states["p0"]["damaged"]
     assert states["sorts"]["labels"] == ["animal", "tool"] and states["p1"]["length"] == 5
     assert "Not served: " in server.log.read_text() and "not valid JSON" in server.log.read_text()
+    assert states["moving"]["damaged"] and "is dynamic, which is not served" in server.log.read_text()
+    assert states["adapted"]["damaged"] and "comes with adapters on the base" in server.log.read_text()
 
 
 def test_clients_that_go_away_free_their_rows(serve: Callable[..., Server], prefixes: Path) -> None:

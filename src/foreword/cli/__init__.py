@@ -9,7 +9,7 @@ import typer
 
 from ..errors import ForewordError
 from . import eval as eval_command
-from . import generate, inspect, predict, serve, train
+from . import export, generate, import_, inspect, predict, serve, train
 
 app = typer.Typer(
     name="foreword",
@@ -26,6 +26,8 @@ app.command("predict")(predict.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
 app.command("serve")(serve.command)
+app.command("export")(export.command)
+app.command("import")(import_.command)
 
 
 def main() -> None:

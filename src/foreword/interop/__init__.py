@@ -1,0 +1,1 @@
+"""Prefixes in other libraries' hands: PEFT both ways, and vLLM."""

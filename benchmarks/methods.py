@@ -100,6 +100,6 @@ def _peft(name: str, base: Any, tokenizer: Any, labels: list[str], length: int) 
         with torch.no_grad():
             model.prompt_encoder["default"].embedding.weight.zero_()
     if start in ("text", "cartridge"):
-        text = default_instruction(labels) * 4  # long enough for any length
+        text = default_instruction(labels) * (1 + length // 8)  # an instruction has more than 8 tokens
         initialize_kv_prefix_from_text(model, tokenizer, text=text, num_virtual_tokens=length, use_chat_template=False)
     return model

@@ -172,6 +172,23 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(rows * kv_heads, heads // kv_heads * length, *rest)
 
 
+def _merged(
+    tensors: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    hidden: Tensor | None,
+    causal: bool,
+    scale: float,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, and the log-sum-exps over the tokens and over the prefix."""
+    q, k, v, pk, pv = (_wide(x) for x in tensors)
+    tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing, q.shape[2])
+    out, lse = _attend(q, tokens, scale)
+    p_out, p_lse = _attend(q, prefix, scale)
+    share = torch.sigmoid(lse - p_lse).nan_to_num_(0.0)  # e^lse / (e^lse + e^p_lse); a query that sees nothing: 0
+    return torch.lerp(p_out, out, share.unsqueeze(-1)), lse, p_lse
+
+
 class _SplitAttention(torch.autograd.Function):
     """Masks are additive and get no gradient."""
 
@@ -189,13 +206,9 @@ class _SplitAttention(torch.autograd.Function):
         scale: float,
         packing: Packing | None,
     ) -> Tensor:
-        q, k, v, pk, pv = (_wide(x) for x in (query, key, value, prefix_key, prefix_value))
-        tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing, q.shape[2])
-        out, lse = _attend(q, tokens, scale)
-        p_out, p_lse = _attend(q, prefix, scale)
+        tensors = query, key, value, prefix_key, prefix_value
+        out, lse, p_lse = _merged(tensors, masks, hidden, causal, scale, packing)
         merged = torch.logaddexp(lse, p_lse)  # [B, H, n]
-        share, p_share = ((x - merged).exp_().nan_to_num_(0.0) for x in (lse, p_lse))  # a query that sees nothing: 0
-        out = (out * share.unsqueeze(-1)).add_(p_out * p_share.unsqueeze(-1))
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, merged)
         ctx.settings = masks, hidden, causal, scale, packing
         return out.to(query.dtype)

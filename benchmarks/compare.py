@@ -60,7 +60,8 @@ def batches(base: Any, tokenizer: Any, settings: Settings, rows: list[dict[str, 
     classifier = classifier_on(base, tokenizer, labels, settings["max_length"], length=1)
     texts, tokens = [row["text"] for row in rows], settings["row_tokens"]
     if tokens:
-        texts = [" ".join(texts[i : i + tokens // 16]) for i in range(len(texts))]
+        around = texts * (1 + tokens // 16)  # so that the last rows find enough to join
+        texts = [" ".join(around[i : i + tokens // 16]) for i in range(len(texts))]
     encoded, _ = classifier.encode(texts)
     examples = [
         {"input_ids": ids, "labels": labels.index(row["label"])} for ids, row in zip(encoded, rows, strict=True)

@@ -254,7 +254,8 @@ def window_mask(length: int, window: int, like: Tensor) -> Tensor:
     at = torch.arange(length, device=like.device)
     back = at[:, None] - at
     seen = (back >= 0) & (back < window)
-    return _additive(seen[None, None], like.new_empty(1, 1, length, 0))  # type: ignore[return-value]
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return torch.zeros(1, 1, length, length, dtype=wide, device=like.device).masked_fill_(~seen, -torch.inf)
 
 
 def can_split(query: Tensor, value: Tensor, prefix_keys: Tensor, hidden: Tensor | None) -> bool:
@@ -288,7 +289,8 @@ def split_attention(
     masks: list[Tensor | None] = [_additive(mask, query)]
     if packing is not None:
         masks = [None if window is None or n <= window else window_mask(n, window, query) for n in packing.lengths]
-    keys, values = prefix_keys.to(key.dtype), prefix_values.to(value.dtype)
-    return _SplitAttention.apply(
-        query, key, value, keys, values, masks, _additive(hidden, query), causal, scale, packing
-    )
+    tensors = query, key, value, prefix_keys.to(key.dtype), prefix_values.to(value.dtype)
+    settings = masks, _additive(hidden, query), causal, scale, packing
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _SplitAttention.apply(*tensors, *settings)
+    return _merged(tensors, *settings)[0].to(query.dtype)

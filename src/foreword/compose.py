@@ -20,6 +20,7 @@ from .forms import Finished
 from .kv import KVPrefix, SiteKV
 from .model import PrefixModel
 from .sites import Site, keys_at, vocabulary_size
+from .worth import rises
 
 PROBES = 192  # tokens that are run to see how keys turn
 
@@ -71,8 +72,7 @@ def cut(model: PrefixModel, name: str, keep: int | Sequence[int], worths: Sequen
     index = list(keep)
     if not index or index != sorted(set(index)) or index[0] < 0 or index[-1] >= kv.length:
         raise InputError(f"keep must name some of the tokens 0 to {kv.length - 1} in rising order, not {index}.")
-    sites = {n: SiteKV(site.keys[:, :, index], site.values[:, :, index]) for n, site in kv.sites.items()}
-    return moved_by(model, name, KVPrefix(sites), torch.arange(len(index)) - torch.tensor(index))
+    return moved_by(model, name, kv.take(index), torch.arange(len(index)) - torch.tensor(index))
 
 
 def worth(model: PrefixModel, name: str, loss: Callable[[], float]) -> list[float]:
@@ -80,19 +80,20 @@ def worth(model: PrefixModel, name: str, loss: Callable[[], float]) -> list[floa
 
     The others close up as in `cut`. `loss` is called P + 1 times; any measure serves where lower is better.
     """
-    whole_form, tokens = model.form(name), range(model.form(name).length)
-    shorter = [cut(model, name, [i for i in tokens if i != hidden]) for hidden in tokens] if len(tokens) > 1 else []
-    if not shorter:
+    own, whole = model.form(name), model.kv(name).detach()
+    tokens = range(whole.length)
+    if len(tokens) == 1:
         raise InputError(f"{name!r} has one token, so there is nothing to compare it with.")
+    shorter = [cut(model, name, [i for i in tokens if i != gone]) for gone in tokens]
+
+    def measured(kv: KVPrefix) -> float:
+        model.forms[name] = own if kv is whole else Finished(kv)
+        return loss()
+
     try:
-        whole = loss()
-        rises = []
-        for kv in shorter:
-            model.forms[name] = Finished(kv)
-            rises.append(loss() - whole)
-        return rises
+        return rises(whole, shorter, measured)
     finally:
-        model.forms[name] = whole_form
+        model.forms[name] = own
 
 
 def moved_by(model: PrefixModel, name: str, kv: KVPrefix, shifts: Tensor) -> KVPrefix:

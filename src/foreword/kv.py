@@ -56,6 +56,12 @@ class KVPrefix:
         """Numbers held, padding included."""
         return sum(kv.keys.numel() + kv.values.numel() for kv in self.sites.values())
 
+    def take(self, tokens: Sequence[int]) -> KVPrefix:
+        """These of its tokens alone, as they are; for prefixes whose rows are of one length."""
+        index = list(tokens)
+        sites = {name: SiteKV(kv.keys[:, :, index], kv.values[:, :, index]) for name, kv in self.sites.items()}
+        return KVPrefix(sites)
+
     def to(self, *args: object, **kwargs: object) -> KVPrefix:
         """Moved or converted as `Tensor.to` does; `lengths` follows the device and stays integer."""
         sites = {

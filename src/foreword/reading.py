@@ -204,11 +204,6 @@ def _for_rows(kv: KVPrefix, rows: int) -> KVPrefix:
     return KVPrefix(sites, None if kv.lengths is None else kv.lengths[index])
 
 
-def text_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Position ids `[B, n]` that the base would give the tokens of such a call: those given, or counted."""
-    return positions_of(text_of(args, kwargs), kwargs)
-
-
 def rows_for(named: int, rows: int) -> list[int]:
     """Which of `named` prefixes each of `rows` reads: its own, also where beams multiplied the rows."""
     if rows % named:

@@ -12,12 +12,16 @@ from typing import Any
 from torch import nn
 
 from .forms import Finished
-from .kv import KVPrefix, SiteKV
+from .kv import KVPrefix
 from .model import PrefixModel
-from .reading import text_positions
+from .reading import positions_of, text_of
 
 Loss = Callable[[KVPrefix], float]
 Progress = Callable[[int, int], None]
+
+
+def nothing_said(done: int, total: int) -> None:
+    """A progress that nobody sees."""
 
 
 def without_tokens(kv: KVPrefix, tokens: Sequence[int]) -> KVPrefix:
@@ -28,8 +32,7 @@ def without_tokens(kv: KVPrefix, tokens: Sequence[int]) -> KVPrefix:
     gone = set(tokens)
     if not gone <= set(range(kv.length)) or len(gone) == kv.length or kv.lengths is not None:
         raise ValueError(f"cannot cut tokens {sorted(gone)} of a prefix of {kv.length}")
-    kept = [p for p in range(kv.length) if p not in gone]
-    return KVPrefix({name: SiteKV(site.keys[:, :, kept], site.values[:, :, kept]) for name, site in kv.sites.items()})
+    return kv.take([p for p in range(kv.length) if p not in gone])
 
 
 def without_site(kv: KVPrefix, name: str) -> KVPrefix:
@@ -37,30 +40,31 @@ def without_site(kv: KVPrefix, name: str) -> KVPrefix:
     return KVPrefix({n: site for n, site in kv.sites.items() if n != name}, kv.lengths)
 
 
-def token_worth(kv: KVPrefix, loss: Loss, progress: Progress = lambda done, total: None) -> list[float]:
+def token_worth(kv: KVPrefix, loss: Loss, progress: Progress = nothing_said) -> list[float]:
     """How much `loss` rises, in its own unit, when each token is cut; below 0 where cutting helps. P + 1 losses.
 
     A prefix of one token has nothing to compare with: [].
     """
     cuts = [without_tokens(kv, [p]) for p in range(kv.length)] if kv.length > 1 else []
-    return _rises(kv, cuts, loss, progress)
+    return rises(kv, cuts, loss, progress)
 
 
-def site_worth(kv: KVPrefix, loss: Loss, progress: Progress = lambda done, total: None) -> dict[str, float]:
+def site_worth(kv: KVPrefix, loss: Loss, progress: Progress = nothing_said) -> dict[str, float]:
     """How much `loss` rises when the prefix is taken from one site, by site; {} where there is but one."""
     names = list(kv.sites) if len(kv.sites) > 1 else []
-    rises = _rises(kv, [without_site(kv, name) for name in names], loss, progress)
-    return dict(zip(names, rises, strict=True))
+    found = rises(kv, [without_site(kv, name) for name in names], loss, progress)
+    return dict(zip(names, found, strict=True))
 
 
-def _rises(kv: KVPrefix, cuts: Sequence[KVPrefix], loss: Loss, progress: Progress) -> list[float]:
+def rises(kv: KVPrefix, cuts: Sequence[KVPrefix], loss: Loss, progress: Progress = nothing_said) -> list[float]:
+    """How much `loss` of each cut is above that of the whole."""
     if not cuts:
         return []
-    whole, rises = loss(kv), []
+    whole, found = loss(kv), []
     for done, cut in enumerate(cuts, 1):
-        rises.append(loss(cut) - whole)
+        found.append(loss(cut) - whole)
         progress(done, len(cuts))
-    return rises
+    return found
 
 
 @contextmanager
@@ -71,7 +75,7 @@ def reading_instead(model: PrefixModel, name: str, kv: KVPrefix) -> Iterator[Non
     gap = own.length - kv.length if model.configs[name].positions == "after" else 0
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "position_ids": text_positions(args, kwargs) + gap}
+        return args, {**kwargs, "position_ids": positions_of(text_of(args, kwargs), kwargs) + gap}
 
     handle = model.base.register_forward_pre_hook(before, with_kwargs=True)  # runs before the one that reads
     model.forms[name] = Finished(kv)

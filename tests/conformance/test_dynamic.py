@@ -19,7 +19,6 @@ from .families import (
     Family,
     add,
     base,
-    flat_gradient,
     inputs,
     off_by,
     padded,
@@ -29,7 +28,7 @@ from .families import (
     wrapped,
 )
 from .test_generation import STEPS, generate, prompt, row
-from .test_training import loss_of, quiet_training_mode, train
+from .test_training import gradients_by_checkpointing, loss_of, train
 
 FAMILIES = [BY_NAME[name] for name in ("llama", "gpt2", "bert", "roberta", "bart", "t5")]
 GENERATORS = [family for family in FAMILIES if family.kind != "encoder"]
@@ -118,14 +117,8 @@ def test_each_parameter_moves_and_the_loss_falls(family: Family, dynamic: str) -
 @every_dynamic
 def test_gradient_checkpointing_changes_nothing(family: Family, dynamic: str) -> None:
     model = moved(family.name, dynamic, own=True)
-    batch = inputs(family, [7, 5, 3], "left" if family.kind == "decoder" else "right")
-    quiet_training_mode(model)
-    loss_of(model, family, batch).backward()
-    expected = flat_gradient(model)
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    loss_of(model, family, batch).backward()
-    assert off_by(flat_gradient(model), expected) < 1e-5
+    checkpointed, expected = gradients_by_checkpointing(model, family)
+    assert off_by(checkpointed, expected) < 1e-5
     assert model.base.training, "reading the prompt left the base in evaluation mode"
 
 

@@ -79,7 +79,7 @@ class Library:
             raise InputError("two of the prefixes have the same folder name; rename one.")
         self._taken = taken
         self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._fingerprint = files.fingerprint(model.base)
+        self._fingerprint = model.fingerprint
         self._keys = itertools.count()
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self.listed: dict[str, Listed] = {}

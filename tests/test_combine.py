@@ -24,7 +24,7 @@ def combined(name: str, parts: str, **settings: object) -> PrefixModel:
     if "lora" in parts or parts == "both":
         add_lora(model, gated="gated" in parts, **LORA)
     if "adapters" in parts or parts == "both":
-        add_adapters(model, size=3, gated="gated" in parts)
+        add_adapters(model, size=8, gated="gated" in parts)
     return model
 
 
@@ -94,7 +94,7 @@ def test_one_on_top_of_the_other() -> None:
 def test_gates_of_every_part_with_a_dynamic_prefix(tmp_path: Path) -> None:
     """UniPELT: the prefix, LoRA and adapters, each with a gate from the input; decoding agrees with whole forwards."""
     model = combined("llama", "gated lora", dynamic="gates", dynamic_layer=1)
-    add_adapters(model, size=3, gated=True)
+    add_adapters(model, size=8, gated=True)
     assert not train(model, {"input_ids": text()})
     ids = text()
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)

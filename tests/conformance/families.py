@@ -216,7 +216,15 @@ AUTO = {
 
 @cache
 def base(name: str) -> PreTrainedModel:
-    """The family's base, shared by the whole run: never trained, never left in training mode."""
+    """The family's base, shared by the whole run: never trained, never left in training mode.
+
+    The caller's random state is left alone: a test must draw the same numbers whether or not another made the base.
+    """
+    with torch.random.fork_rng():
+        return _made(name)
+
+
+def _made(name: str) -> PreTrainedModel:
     family = BY_NAME[name]
     torch.manual_seed(sum(name.encode()))
     model = AUTO[family.kind].from_config(family.config()).eval().float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
 from .prompts import Prompt, Prompted, find_prompt
 from .reading import Reader, rows_for
+from .recompute import recomputing_activations
 from .sites import evaluating, find_sites, first_output, moves_positions, probe_inputs, routed
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -195,7 +196,11 @@ class PrefixModel(nn.Module):
         uncached = torch.is_grad_enabled() or packed is not None
         if uncached and "use_cache" in self._accepts and kwargs.get("past_key_values") is None:
             kwargs.setdefault("use_cache", False)
-        with self._reading(prefix, packed, prompt_mask=prompt_mask):
+        nothing_kept = self.base.is_activation_checkpointing or not torch.is_grad_enabled()
+        with (
+            self._reading(prefix, packed, prompt_mask=prompt_mask),
+            nullcontext() if nothing_kept else recomputing_activations(self.base),
+        ):
             return self.base(*args, **kwargs)
 
     def packs(self, prefix: Named = ACTIVE) -> bool:

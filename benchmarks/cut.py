@@ -1,0 +1,80 @@
+"""What it costs to cut the tokens that `inspect` finds worthless: a prefix of 32 on AG News, SmolLM2-135M, label words.
+
+Trains the prefix as ag_news.py does, measures every token's worth on validation rows as `foreword inspect` does, cuts
+those of the lowest worth, a quarter and a half, and tests the whole and the cut prefixes on the same test rows.
+
+    python benchmarks/cut.py --data FOLDER [--prefix DIR]   (a prefix that is trained already is taken as it is)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ag_news import commit, hardware
+
+from foreword.compose import cut
+from foreword.evaluate import evaluate
+from foreword.examine import examine
+from foreword.forms import PrefixConfig
+from foreword.tasks import load_task
+from foreword.train import TrainConfig, train
+
+RESULT = Path(__file__).parent / "results" / "cut.json"
+LENGTH = 32
+KEPT = (24, 16)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def trained(folder: Path, data: str) -> Path:
+    prefix = PrefixConfig(form="direct", start="instruction", length=LENGTH)
+    settings: dict[str, Any] = {"train_rows": 2000, "validation_rows": 50, "max_length": 40, "epochs": 1}
+    train(TrainConfig(output=folder, data=data, prefix=prefix, zero_shot=False, test_rows=100, **settings), say=say)
+    return folder
+
+
+def measure(directory: Path, data: str, worth_rows: int, test_rows: int) -> dict[str, Any]:
+    found = examine(directory, data, rows=worth_rows, progress=lambda done, total: say(f"inspecting {done}/{total}"))
+    worth = found["worth"]["tokens"]
+    task = load_task(directory)
+    model, name = task.model, task.model.active
+    assert name is not None
+
+    def tested() -> dict[str, float]:
+        metrics = evaluate(task, data, rows=test_rows, progress=lambda done, total: say(f"testing {done}/{total}"))
+        return {key: metrics[key] for key in ("accuracy", "f1")}
+
+    results: dict[str, Any] = {str(LENGTH): tested()}
+    for keep in KEPT:
+        kept = cut(model, name, keep, worth)
+        model.put(f"kept-{keep}", kept, like=name)
+        model.activate(f"kept-{keep}")
+        results[str(keep)] = tested()
+        model.activate(name)
+    return {"worth": worth, "worth_rows": worth_rows, "test_rows": test_rows, "by_tokens_kept": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="fancyzhx/ag_news", help="hub id or folder with train, validation, test")
+    parser.add_argument("--prefix", type=Path, help="a trained prefix of 32 tokens")
+    parser.add_argument("--worth-rows", type=int, default=48)
+    parser.add_argument("--test-rows", type=int, default=2000)
+    arguments = parser.parse_args()
+    began_at = commit()
+    with tempfile.TemporaryDirectory() as folder:
+        directory = arguments.prefix or trained(Path(folder) / "prefix", arguments.data)
+        found = measure(directory, arguments.data, arguments.worth_rows, arguments.test_rows)
+    RESULT.write_text(json.dumps({**found, "commit": began_at, "hardware": hardware()}, indent=1) + "\n")
+    print(json.dumps(found["by_tokens_kept"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -3,7 +3,7 @@
 Trains the prefix as ag_news.py does, measures every token's worth on validation rows as `foreword inspect` does, cuts
 those of the lowest worth, a quarter and a half, and tests the whole and the cut prefixes on the same test rows.
 
-    python benchmarks/cut.py --data FOLDER [--prefix DIR]   (a prefix that is trained already is taken as it is)
+    python benchmarks/cut.py --data FOLDER [--prefix DIR]   (where a trained prefix is kept)
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def measure(directory: Path, data: str, worth_rows: int, test_rows: int) -> dict
     assert name is not None
 
     def tested() -> dict[str, float]:
-        metrics = evaluate(task, data, rows=test_rows, progress=lambda done, total: say(f"testing {done}/{total}"))
-        return {key: metrics[key] for key in ("accuracy", "f1")}
+        found = evaluate(task, data, rows=test_rows, progress=lambda done, total: say(f"testing {done}/{total}"))
+        return {key: found["metrics"][key] for key in ("accuracy", "f1")}
 
     results: dict[str, Any] = {str(LENGTH): tested()}
     for keep in KEPT:
@@ -64,13 +64,17 @@ def measure(directory: Path, data: str, worth_rows: int, test_rows: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fancyzhx/ag_news", help="hub id or folder with train, validation, test")
-    parser.add_argument("--prefix", type=Path, help="a trained prefix of 32 tokens")
+    parser.add_argument(
+        "--prefix", type=Path, help="a trained prefix of 32 tokens; where there is none yet, it is kept here"
+    )
     parser.add_argument("--worth-rows", type=int, default=48)
     parser.add_argument("--test-rows", type=int, default=2000)
     arguments = parser.parse_args()
     began_at = commit()
     with tempfile.TemporaryDirectory() as folder:
-        directory = arguments.prefix or trained(Path(folder) / "prefix", arguments.data)
+        directory = arguments.prefix or Path(folder) / "prefix"
+        if not directory.exists():
+            trained(directory, arguments.data)
         found = measure(directory, arguments.data, arguments.worth_rows, arguments.test_rows)
     RESULT.write_text(json.dumps({**found, "commit": began_at, "hardware": hardware()}, indent=1) + "\n")
     print(json.dumps(found["by_tokens_kept"]))

@@ -64,9 +64,7 @@ def measure(directory: Path, data: str, worth_rows: int, test_rows: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="fancyzhx/ag_news", help="hub id or folder with train, validation, test")
-    parser.add_argument(
-        "--prefix", type=Path, help="a trained prefix of 32 tokens; where there is none yet, it is kept here"
-    )
+    parser.add_argument("--prefix", type=Path, help="a trained prefix of 32 tokens; made here if it is not there yet")
     parser.add_argument("--worth-rows", type=int, default=48)
     parser.add_argument("--test-rows", type=int, default=2000)
     arguments = parser.parse_args()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def recomputing_activations(base: nn.Module) -> Iterator[None]:
         if x is not output:
             return x
         latest[:] = None, None, None
-        return lambda: module.forward(given)
+        return partial(module.forward, given)
 
     def unpack(kept: Kept) -> Tensor:
         if isinstance(kept, Tensor):

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.families import BY_NAME, inputs, wrapped
 from torch.profiler import ProfilerActivity, profile
 
+from conformance.families import BY_NAME, inputs, wrapped
 from foreword import model as model_module
 from foreword.model import PrefixModel
 from foreword.recompute import ACTIVATIONS

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import ACT2CLS
 
-ACTIVATIONS = tuple({kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()})
+ACTIVATIONS: tuple[Any, ...] = tuple({kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()})
 Kept = Tensor | Callable[[], Tensor]
 
 

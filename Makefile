@@ -5,7 +5,7 @@ DEMO := --train-rows 700 --validation-rows 100 --batch-size 8 --max-length 72 --
 AG_NEWS ?= fancyzhx/ag_news
 READY := .venv/.ready
 
-.PHONY: demo test test-slow bench pictures vllm lint clean
+.PHONY: demo docs test test-slow bench pictures vllm lint clean
 
 demo: $(READY)
 	rm -rf runs/demo
@@ -24,6 +24,10 @@ test-slow: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/ag_news.py --data $(AG_NEWS)
 	$(BIN)/python benchmarks/tables.py
+
+# The site, in site/: `python -m http.server -d site` to read it. Nothing is fetched, then or now.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Pictures of the demo's pages, by the system's Chromium; after `make demo`.
 pictures: $(READY)

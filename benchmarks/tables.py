@@ -1,45 +1,113 @@
-"""The README's tables, made from benchmarks/results and put between its markers."""
+"""The tables of README.md and docs/choosing.md, made from benchmarks/results and put between their markers.
+
+A page says where: `<!-- ag_news -->`, the table, `<!-- end of ag_news -->`; so for each name in `TABLES`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
+ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- ag_news -->", "<!-- end of ag_news -->"
+PAGES = ("README.md", "docs/choosing.md")
+Record = dict[str, Any]
 
 
-def ag_news() -> str:
+def records(folder: str) -> list[Record]:
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("*.json"))]
+
+
+def grouped(records: list[Record], *settings: str) -> dict[tuple[Any, ...], list[Record]]:
+    """Records of one experiment but for the seed."""
+    cells: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        cells.setdefault(tuple(record["experiment"][name] for name in settings), []).append(record)
+    return cells
+
+
+def figures(cell: list[Record]) -> str:
+    """Median accuracy, median F1, and every seed."""
+    accuracies = [record["test"]["accuracy"] for record in cell]
+    f1 = median(record["test"]["f1"] for record in cell)
+    return f"{median(accuracies):.3f} | {f1:.3f} | {', '.join(f'{value:.3f}' for value in accuracies)}"
+
+
+def ag_news() -> Iterator[str]:
     """Accuracy by form and start: the median over seeds, and every seed."""
-    cells: dict[tuple[str, str], list[dict]] = {}
-    zero_shot = None
-    for path in sorted((RESULTS / "ag_news").glob("*.json")):
-        record = json.loads(path.read_text())
-        cells.setdefault((record["experiment"]["form"], record["experiment"]["start"]), []).append(record)
-        zero_shot = record["zero_shot"] or zero_shot
-    lines = [
-        "| form | start | accuracy (median) | weighted F1 (median) | each seed | trained parameters | learning rate |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    found = records("ag_news")
+    zero_shot = next((record["zero_shot"] for record in found if record["zero_shot"]), None)
+    yield "| form | start | accuracy (median) | weighted F1 (median) | each seed | trained parameters | learning rate |"
+    yield "|---|---|---|---|---|---|---|"
     if zero_shot:
-        lines.append(f"| none (zero-shot) | | {zero_shot['accuracy']:.3f} | {zero_shot['f1']:.3f} | | 0 | |")
+        yield f"| none (zero-shot) | | {zero_shot['accuracy']:.3f} | {zero_shot['f1']:.3f} | | 0 | |"
     order = {name: i for i, name in enumerate(("direct", "projected", "mlp", "instruction", "vocabulary", "random"))}
-    for (form, start), records in sorted(cells.items(), key=lambda item: [order[name] for name in item[0]]):
-        accuracies = [record["test"]["accuracy"] for record in records]
-        f1 = median(record["test"]["f1"] for record in records)
-        each = ", ".join(f"{value:.3f}" for value in accuracies)
-        facts = f"{records[0]['parameters']:,} | {records[0]['learning_rate']:g}"
-        lines.append(f"| {form} | {start} | {median(accuracies):.3f} | {f1:.3f} | {each} | {facts} |")
-    return "\n".join(lines) + "\n"
+    cells = grouped(found, "form", "start")
+    for (form, start), cell in sorted(cells.items(), key=lambda item: [order[name] for name in item[0]]):
+        facts = f"{cell[0]['parameters']:,} | {cell[0]['learning_rate']:g}"
+        yield f"| {form} | {start} | {figures(cell)} | {facts} |"
+
+
+def lengths() -> Iterator[str]:
+    """Accuracy by length."""
+    yield "| virtual tokens | accuracy (median) | weighted F1 (median) | each seed | trained parameters | file |"
+    yield "|---|---|---|---|---|---|"
+    for (length,), cell in sorted(grouped(records("lengths"), "length").items()):
+        kib = length * 2 * 30 * 3 * 64 * 4 / 1024  # keys and values of SmolLM2's 30 layers and 3 heads of 64, float32
+        yield f"| {length} | {figures(cell)} | {cell[0]['parameters']:,} | {kib / 1024:.2f} MiB |"
+
+
+METHODS = {"foreword": "foreword", "peft-text": "PEFT prefix", "lora": "LoRA", "bare": "no prefix"}
+
+
+def compared() -> Iterator[str]:
+    """Step time, memory and decoding beside PEFT."""
+    yield f"| | {' | '.join(METHODS.values())} |"
+    yield "|---|" + "---|" * len(METHODS)
+    for record in records("compare"):
+        values, unit = record.get("mib"), "MiB"
+        if record["settings"]["kind"] in ("generation", "mixed"):
+            values, unit = record["tokens_per_second"], "tokens/s"
+        elif record["settings"]["kind"] == "step":
+            values, unit = record["median"], "s"
+        if values:
+            digits = 2 if unit == "s" else 0
+            cells = (f"{values[method]:,.{digits}f} {unit}" if method in values else "" for method in METHODS)
+            yield f"| {described(record['settings'])} | {' | '.join(cells)} |"
+
+
+def described(settings: Record) -> str:
+    """An experiment of compare.py in words."""
+    rows, long = settings["batch_size"], settings["row_tokens"]
+    text = f"{rows} rows of {long} tokens" if long else f"{rows} rows of news, at most {settings['max_length']} tokens"
+    behind = f"{settings['length']} virtual tokens, {text}"
+    kind = settings["kind"]
+    if kind == "mixed":
+        return f"decoding, rows over {settings['prefixes']} prefixes of {behind}"
+    return f"{ {'step': 'training step', 'memory': 'memory of training', 'generation': 'decoding'}[kind] }, {behind}"
+
+
+TABLES = {"ag_news": ag_news, "lengths": lengths, "compared": compared}
+
+
+def filled(page: str) -> str:
+    """The page with every table that it has markers for made anew."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        made = f"{begin}\n\n" + "\n".join(table()) + f"\n\n{end}"
+        page = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, made=made: made, page, flags=re.DOTALL)
+    return page
 
 
 def main() -> None:
-    table = ag_news()
-    readme = Path(__file__).parent.parent / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    print(table)
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"{name}: tables made.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,283 @@
+"""Every block of code in the README and the site's pages does what its page says.
+
+A page runs from top to bottom in a folder of its own, in this process. The names that it uses are there, small: the
+default model and data in a cache folder, hub ids as folders. Commands run as they stand, a training for two steps on a few rows.
+What needs another program (pip, make, curl, torchrun, vLLM) is read: its files, flags, targets and routes must exist.
+Pages that serve are run once more with a real server by the slow test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from conftest import ROWS, make_tokenizer
+from pages import PAGES, ROOT, Block, blocks, commands
+from serve.conftest import Server, start_server
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from foreword import cli, defaults
+
+LANGUAGES = {"python", "bash", "json", "text"}
+SKIPPED = [block for page in PAGES for block in blocks(page) if block.skipped]
+SERVED = [page for page in PAGES if "foreword serve " in (ROOT / page).read_text(encoding="utf-8")]
+TOPICS = ("business", "entertainment", "politics", "sports", "tech")
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+FEW_ROWS = "--train-rows 16 --validation-rows 5 --test-rows 5".split()
+SENTENCES = [text for text, _ in ROWS]
+
+
+def test_every_page_of_the_site_is_found_and_its_blocks_say_what_they_are() -> None:
+    assert len(PAGES) > 20
+    for page in PAGES:
+        for block in blocks(page):
+            assert block.language in LANGUAGES or block.language.startswith("file "), f"{block.place} has no language"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_page_runs(page: str, world: Path) -> None:
+    with Run(world) as run:
+        for block in blocks(page):
+            run.do(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", SERVED)
+def test_the_page_runs_with_its_server(page: str, world: Path) -> None:
+    with Run(world, live=True) as run:
+        for block in blocks(page):
+            run.do(block)
+        assert run.asked > 0
+
+
+@pytest.mark.parametrize("block", SKIPPED, ids=lambda block: block.place)
+def test_what_cannot_run_says_why(block: Block) -> None:
+    assert len(block.skipped or "") > 10
+    compile(block.code, block.place, "exec") if block.language == "python" else commands(block)
+    pytest.skip(str(block.skipped))
+
+
+# ---- where pages run
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model and data, and what pages name on the hub, small."""
+    folder = tmp_path_factory.mktemp("world")
+    base = folder / "cache" / defaults.MODEL
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(base)
+    words = " animal tool business entertainment politics sports tech work private Category: Text: Topic:"
+    tokenizer = make_tokenizer(SENTENCES + [words] * 20)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(base)
+    shutil.copytree(base, folder / "meta-llama" / "Llama-3.2-1B")
+    articles = [{"text": SENTENCES[i % 8], "label": TOPICS[i % 5]} for i in range(200)]
+    write(folder / "cache" / f"{defaults.DATA}.jsonl", articles)
+    table(folder / "fancyzhx" / "ag_news", articles[:20])
+    table(folder / "e2e", [{"prompt": text, "completion": text[4:]} for text in SENTENCES])
+    pairs = [{"sentence1": text, "sentence2": SENTENCES[0], "score": i / 2} for i, text in enumerate(SENTENCES)]
+    table(folder / "stsb", pairs)
+    table(folder / "wnut17", [{"tokens": t.split(), "tags": ["O", "B-x"] + ["O"] * 5} for t in SENTENCES[:3]])
+    answers = [{"text": text.split()[1], "start": text.index(text.split()[1])} for text in SENTENCES]
+    asked = [{"question": "who?", "context": t, "answers": [a]} for t, a in zip(SENTENCES, answers, strict=True)]
+    table(folder / "squad", asked)
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    for split in ("train", "validation", "test"):
+        write(folder / f"{split}.jsonl", rows)
+
+
+@pytest.fixture
+def world(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for one page, in which the small world lies."""
+    for part in small_world.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    for part in ("examples", "benchmarks"):
+        (tmp_path / part).symlink_to(ROOT / part)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FOREWORD_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+# ---- running a page
+
+
+class Run:
+    """One page: names that its Python blocks share, what was printed last, and its server where it is live."""
+
+    def __init__(self, folder: Path, live: bool = False) -> None:
+        self.folder, self.live = folder, live
+        self.names: dict[str, Any] = {"__name__": "page"}
+        self.printed = ""
+        self.server: Server | None = None
+        self.asked = 0
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.server is not None:
+            self.server.end()
+
+    def do(self, block: Block) -> None:
+        if block.skipped:
+            return
+        if block.language.startswith("file "):
+            (self.folder / block.language.removeprefix("file ")).write_text(block.code, encoding="utf-8")
+        elif block.language == "json":
+            for line in block.code.splitlines():
+                json.loads(line)
+        elif block.language == "python":
+            self.python(block)
+        elif block.language == "bash":
+            self.bash(block)
+        elif block.mark in ("output", "computed"):
+            for line in block.code.splitlines():
+                assert line.strip() in self.printed, f"{block.place} is not what was printed:\n{self.printed}"
+
+    def python(self, block: Block) -> None:
+        code, self.printed = block.code, ""
+        if block.mark == "served":
+            self.asked += self.live
+            if self.server is None:
+                compile(code, block.place, "exec")
+                return
+            code = code.replace("http://127.0.0.1:8000", self.server.url)
+        with self.captured():
+            exec(compile(code, block.place, "exec"), self.names)
+
+    def bash(self, block: Block) -> None:
+        code, self.printed = 0, ""
+        for words in commands(block):
+            assert code == 0, f"{block.place} fails before {' '.join(words)}: {self.printed}"
+            while re.fullmatch(r"\w+=\S*", words[0]):
+                words = words[1:]
+            if words[0] == "foreword":
+                code = self.foreword(words[1:])
+            elif words[0] == "curl" and self.server is not None:
+                code = self.curl(words)
+            else:
+                READERS[words[0]](words)
+        assert code == (2 if block.mark == "fails" else 0), f"{block.place}: exit code {code}\n{self.printed}"
+        assert "Traceback" not in self.printed
+
+    def foreword(self, words: list[str]) -> int:
+        """Run a command; a training for two steps on a few rows, and a server only where the page is live."""
+        parsed(words)
+        if words[0] == "serve":
+            if self.live and self.server is None:
+                self.server = start_server(self.folder / "server.log", *words[1:])
+            return 0
+        if words[0] == "train" and "--resume" not in words:
+            words = [*words, *(FEW_ROWS if "--data" not in words else ()), "--max-steps", "2"]
+        with self.captured(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["foreword", *words])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        return int(end.value.code or 0)
+
+    def curl(self, words: list[str]) -> int:
+        assert self.server is not None
+        self.asked += 1
+        words = [re.sub(r"^(http://)?(127\.0\.0\.1|localhost):8000", self.server.url, word) for word in words]
+        done = subprocess.run(["curl", "--silent", "--fail-with-body", *words[1:]], capture_output=True, text=True)
+        self.printed += done.stdout + done.stderr
+        return done.returncode
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[None]:
+        out = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+                yield
+        finally:
+            self.printed += out.getvalue()
+
+
+# ---- commands that are read
+
+
+def parsed(words: list[str]) -> None:
+    """The command exists and takes these options with these kinds of values."""
+    group: Any = typer.main.get_command(cli.app)
+    command = group.commands[words[0]]
+    command.make_context(words[0], list(words[1:]))
+
+
+def read_pip(words: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = re.findall(r"\[(\w+)\]", " ".join(words))
+    assert words[1] == "install" and set(wanted) <= extras.keys(), words
+
+
+def read_make(words: list[str]) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(words[1:]) <= set(targets), words
+
+
+def read_python(words: list[str]) -> None:
+    """A script or module that is there, with flags that its source knows; other people's modules are theirs."""
+    if "-m" in words:
+        module = words[words.index("-m") + 1]
+        if not module.startswith("foreword"):
+            return
+        path = ROOT / "src" / (module.replace(".", "/") + ".py")
+    else:
+        script = next(word for word in words[1:] if word.endswith(".py"))
+        path = ROOT / script
+    source = path.read_text(encoding="utf-8")
+    own = words[words.index(module if "-m" in words else script) :]
+    for flag in (word for word in own if word.startswith("--")):
+        parameter = f"{flag[2:].replace('-', '_')}: "  # of a function that typer runs
+        assert f'"{flag}"' in source or parameter in source, f"{path.name} has no {flag}"
+
+
+def read_curl(words: list[str]) -> None:
+    """A route that a server of ours has, and a body that is JSON."""
+    url = next(word for word in words if "localhost" in word or "127.0.0.1" in word)
+    route = "/" + url.split("/", 3 if "//" in url else 1)[-1]
+    sources = [ROOT / "src/foreword" / name for name in ("serve/app.py", "interop/vllm/gateway.py")]
+    assert any(f'"{route}"' in source.read_text(encoding="utf-8") for source in sources), route
+    if "-d" in words:
+        assert isinstance(json.loads(words[words.index("-d") + 1]), dict)
+
+
+READERS = {
+    "pip": read_pip,
+    "make": read_make,
+    "python": read_python,
+    "torchrun": read_python,
+    ".venv-vllm/bin/python": read_python,
+    "curl": read_curl,
+}

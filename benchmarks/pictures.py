@@ -34,7 +34,7 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     arguments = parser.parse_args()
-    size = {"width": 390, "height": 800} if arguments.phone else {"width": 1120, "height": 780}
+    size = {"width": 390, "height": 800} if arguments.phone else {"width": 1280, "height": 860}
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
         page = chromium.new_page(viewport=size, color_scheme="dark" if arguments.dark else "light")

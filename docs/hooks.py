@@ -155,6 +155,8 @@ def listed(docstring: str) -> str:
             if lines and lines[-1] and not lines[-1].startswith(("- ", " ")):
                 lines.append("")
             line = FIELD.sub(r"- `\1`: ", line)
+        elif line[:1].isupper() and any(before.startswith("- ") for before in lines) and lines[-1]:
+            lines.append("")
         lines.append(line)
     return "\n".join(lines)
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from pages import DOCS, ROOT
 
 import foreword
+
+from .pages import DOCS, ROOT
 
 # mkdocs in a process where nothing can be connected to.
 BUILD = """

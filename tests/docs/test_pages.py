@@ -12,7 +12,6 @@ import contextlib
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -22,19 +21,19 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import ROWS, make_tokenizer
-from pages import PAGES, ROOT, Block, blocks, commands
 from serve.conftest import Server, start_server
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from foreword import cli, defaults
+from foreword import cli
+
+from .pages import PAGES, ROOT, Block, blocks, commands
 
 LANGUAGES = {"python", "bash", "json", "text"}
-SERVED = [page for page in PAGES if "foreword serve " in (ROOT / page).read_text(encoding="utf-8")]
-TOPICS = ("business", "entertainment", "politics", "sports", "tech")
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+SERVED = [
+    page
+    for page in PAGES
+    if any(words[:2] == ["foreword", "serve"] for b in blocks(page) if b.language == "bash" for words in commands(b))
+]
 FEW_ROWS = "--train-rows 16 --validation-rows 5 --test-rows 5".split()
-SENTENCES = [text for text, _ in ROWS]
 
 
 def test_every_page_of_the_site_is_found_and_its_blocks_say_what_they_are() -> None:
@@ -58,68 +57,6 @@ def test_the_page_runs_with_its_server(page: str, world: Path) -> None:
         for block in blocks(page):
             run.do(block)
         assert run.asked > 0
-
-
-# ---- where pages run
-
-
-@pytest.fixture(scope="session")
-def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default model and data, and what pages name on the hub, small."""
-    folder = tmp_path_factory.mktemp("world")
-    base = folder / "cache" / defaults.MODEL
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(base)
-    words = " animal tool business entertainment politics sports tech work private Category: Text: Topic:"
-    tokenizer = make_tokenizer(SENTENCES + [words] * 20)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(base)
-    shutil.copytree(base, folder / "meta-llama" / "Llama-3.2-1B")
-    articles = [{"text": SENTENCES[i % 8], "label": TOPICS[i % 5]} for i in range(200)]
-    write(folder / "cache" / f"{defaults.DATA}.jsonl", articles)
-    table(folder / "fancyzhx" / "ag_news", articles[:20])
-    table(folder / "e2e", [{"prompt": text, "completion": text[4:]} for text in SENTENCES])
-    pairs = [{"sentence1": text, "sentence2": SENTENCES[0], "score": i / 2} for i, text in enumerate(SENTENCES)]
-    table(folder / "stsb", pairs)
-    table(folder / "wnut17", [{"tokens": t.split(), "tags": ["O", "B-x"] + ["O"] * 5} for t in SENTENCES[:3]])
-    answers = [{"text": text.split()[1], "start": text.index(text.split()[1])} for text in SENTENCES]
-    asked = [{"question": "who?", "context": t, "answers": [a]} for t, a in zip(SENTENCES, answers, strict=True)]
-    table(folder / "squad", asked)
-    return folder
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def table(folder: Path, rows: list[dict[str, Any]]) -> None:
-    for split in ("train", "validation", "test"):
-        write(folder / f"{split}.jsonl", rows)
-
-
-@pytest.fixture
-def world(small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for one page, in which the small world lies."""
-    for part in small_world.iterdir():
-        (tmp_path / part.name).symlink_to(part)
-    for part in ("examples", "benchmarks"):
-        (tmp_path / part).symlink_to(ROOT / part)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FOREWORD_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 # ---- running a page

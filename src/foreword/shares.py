@@ -78,6 +78,26 @@ def attention_shares(
 
 
 @torch.no_grad()
+def token_shares(model: PrefixModel, call: Callable[[], Any]) -> Tensor | None:
+    """λ at each token of a single row without padding, the mean over all heads of the sites in which the text attends
+    to itself and that the prefix enters: `[n]` in float32. None where there is no such site.
+
+    call: runs the model with its prefix on the row.
+    """
+    sites = {id(site.module): site for site in model.sites}
+    found: list[Tensor] = []
+
+    def watcher(module: nn.Module, mass: Tensor) -> None:
+        site = sites[id(module)]
+        if model.kind != "encoder-decoder" or site.kind == "encoder":
+            found.append(mass[0].sum(-1).float())  # [H, n]
+
+    with watching(watcher), model.padded():
+        call()
+    return torch.cat(found).mean(0).cpu() if found else None
+
+
+@torch.no_grad()
 def _prefix_mass(
     module: nn.Module,
     query: Tensor,

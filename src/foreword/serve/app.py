@@ -17,8 +17,12 @@ from starlette.exceptions import HTTPException
 from .. import __version__
 from .failure import Failure, broken, unknown_model
 from .guard import Guard
+from .library import Listed
+from .playground import add_playground
 from .schema import (
     NAME,
+    AttentionAnswer,
+    AttentionRequest,
     ChatRequest,
     ClassifyAnswer,
     ClassifyRequest,
@@ -31,6 +35,7 @@ from .schema import (
     ModelList,
     PrefixList,
     PrefixState,
+    TokenShare,
 )
 from .service import Service
 
@@ -56,6 +61,7 @@ def create_app(service: Service, keys: Sequence[str], body_limit: int) -> FastAP
     _add_answers(app, service)
     _add_models(app, service)
     _add_state(app, service)
+    add_playground(app)
     return app
 
 
@@ -77,7 +83,8 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/classify")
     async def classify(asked: ClassifyRequest, request: Request) -> ClassifyAnswer:
-        """The label of each text and the probability of every label; `model` is a classification prefix."""
+        """The label of each text and the probability of every label; `model` is a classification prefix, or the base
+        `like` one."""
         results = await service.classify(asked, request)
         data = [
             Label(index=i, label=r["label"], probability=r["score"], probabilities=r["scores"], cut=r["cut"])
@@ -86,14 +93,33 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         name = f"classify-{secrets.token_hex(12)}"
         return ClassifyAnswer(id=name, created=int(time.time()), model=asked.model, data=data)
 
+    @app.post("/v1/attention")
+    async def attention(asked: AttentionRequest, request: Request) -> AttentionAnswer:
+        """The share of attention that each token of a text gives to the prefix: the mean over all heads of the layers
+        that it enters. `model` is a prefix."""
+        found = await service.attention(asked, request)
+        pairs = zip(found.tokens, found.shares, strict=True)
+        return AttentionAnswer(
+            id=f"attention-{secrets.token_hex(12)}",
+            created=int(time.time()),
+            model=asked.model,
+            share=sum(found.shares) / len(found.shares),
+            tokens=[TokenShare(token=token, share=share) for token, share in pairs],
+            cut=found.cut,
+        )
+
 
 def _add_models(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
     def cards() -> dict[str, ModelCard]:
         listed = service.library.listed.copy().values()
-        prefixes = {p.name: ModelCard(id=p.name, created=p.created, parent=service.base) for p in listed}
-        return {service.base: ModelCard(id=service.base, created=started), **prefixes}
+        return {service.base: card(service.base, started, None), **{p.name: card(p.name, p.created, p) for p in listed}}
+
+    def card(name: str, created: int, listed: Listed | None) -> ModelCard:
+        about = {"parent": service.base, "prefix": listed.about} if listed is not None else {}
+        parameters, routes = service.parameters, service.routes(listed)
+        return ModelCard(id=name, created=created, parameters=parameters, routes=routes, **about)
 
     @app.get("/v1/models")
     async def models() -> ModelList:
@@ -113,7 +139,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         library = service.library
         resident, damaged = set(library.resident()), library.damaged.copy()
         data = [
-            PrefixState(name=p.name, length=p.length, labels=p.labels, resident=p.name in resident)  # type: ignore
+            PrefixState(name=p.name, length=p.about.length, labels=p.about.labels, resident=p.name in resident)
             for p in library.listed.copy().values()
         ]
         return PrefixList(data=data + [PrefixState(name=name, damaged=True) for name in damaged])

@@ -28,6 +28,24 @@ def no_classifier(name: str) -> Failure:
     return Failure(400, f"{name!r} was not trained to classify; ask /v1/completions.", "not_a_classifier")
 
 
+def no_words(name: str) -> Failure:
+    sentence = f"{name!r} reads its labels off a layer that was trained with it; the base alone cannot answer like it."
+    return Failure(400, sentence, "no_label_words")
+
+
+def not_served(name: str) -> Failure:
+    sentence = f"{name!r} reads several texts or gives several labels, which is not served; use `foreword predict`."
+    return Failure(400, sentence, "not_a_classifier")
+
+
+def no_prefix(name: str) -> Failure:
+    return Failure(400, f"{name!r} is the base; name a prefix, whose share of attention is asked for.", "no_prefix")
+
+
+def reads_no_text(name: str) -> Failure:
+    return Failure(400, f"{name!r} enters no layer in which the text attends.", "no_attention")
+
+
 def too_late() -> Failure:
     return Failure(504, "the request took longer than this server allows; ask for fewer tokens.", "timeout")
 

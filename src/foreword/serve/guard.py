@@ -14,8 +14,9 @@ from typing import Any
 
 from .failure import Failure
 from .metrics import Metrics
+from .playground import FILES
 
-OPEN = ("/healthz", "/docs", "/openapi.json")  # tell nothing of what is served
+OPEN = ("/", "/healthz", "/docs", "/openapi.json")  # tell nothing of what is served, nor do the playground's files
 BODY_SECONDS = 30.0
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -49,7 +50,7 @@ class Guard:
             await self._app(scope, _replayed(body, receive), counted)
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys or scope["path"] in OPEN:
+        if not self._keys or scope["path"] in OPEN or scope["path"].startswith(f"{FILES}/"):
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         digest = _digest(given[len(b"Bearer ") :] if given[:7].lower() == b"bearer " else b"")

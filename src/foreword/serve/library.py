@@ -23,6 +23,7 @@ from ..model import NAME_PATTERN, PrefixModel
 from ..tasks.classify import PrefixClassifier
 from .failure import Failure, unknown_model
 from .metrics import Metrics
+from .schema import About
 
 Kind = tuple[Any, ...]  # prefixes of one kind can be mixed in a batch
 # What reading a damaged prefix may raise: what was checked, and fields or tensors that are not as they should be.
@@ -31,15 +32,14 @@ DAMAGE = (InputError, OSError, KeyError, TypeError, ValueError, RuntimeError)
 
 @dataclass(frozen=True)
 class Listed:
-    """What a prefix's header tells: `length` in tokens, its `kind`, its labels where it classifies."""
+    """What a prefix's header tells: its `kind`, and `about` it what clients are told."""
 
     name: str
     path: Path
     created: int
-    length: int
     moves_text: bool
     kind: Kind
-    labels: tuple[str, ...] | None
+    about: About
 
 
 @dataclass(eq=False)
@@ -123,7 +123,7 @@ class Library:
         """Raises Failure where a request of so many tokens of text does not fit behind a prefix (or behind none)."""
         room = self._context
         if self._positions is not None:
-            room = min(room, self._positions - (listed.length if listed is not None and listed.moves_text else 0))
+            room = min(room, self._positions - (listed.about.length if listed is not None and listed.moves_text else 0))
         if tokens > room:
             raise Failure(
                 400,
@@ -181,7 +181,7 @@ class Library:
             raise InputError(f"{path} was trained for another base ({header['base']['id']}).")
         if not (path / files.TENSORS).is_file():
             raise InputError(f"{path} is damaged: {files.TENSORS} is missing; save the prefix again.")
-        prefix, task = header["prefix"], header.get("task")
+        prefix = header["prefix"]
         if prefix.get("dynamic") or header.get("combined"):
             kind = "is dynamic" if prefix.get("dynamic") else "comes with adapters on the base"
             raise InputError(f"{path} {kind}, which is not served; use `foreword predict` or `foreword generate`.")
@@ -190,10 +190,9 @@ class Library:
             name,
             path,
             int((path / files.HEADER).stat().st_mtime),
-            int(prefix["length"]),
             positions != "kept",
             (positions, prefix.get("window"), sites),
-            tuple(task["labels"]) if task and task.get("task") == "classify" else None,
+            _about(prefix, header.get("task") or {}),
         )
 
     def _load(self, name: str, path: Path) -> Resident:
@@ -201,7 +200,7 @@ class Library:
         listed, key = self._read(name, path), f"p{next(self._keys)}"
         classifier = None
         try:
-            if listed.labels is None:
+            if listed.about.task != PrefixClassifier.name:
                 self._model.load(path, key)
             else:
                 classifier = PrefixClassifier.from_pretrained(path, self._model, key)
@@ -238,6 +237,22 @@ class Library:
     def _count(self) -> None:
         self._metrics.prefixes.set(len(self._resident))
         self._metrics.prefix_bytes.set(sum(held.size for held in self._resident.values()))
+
+
+def _about(prefix: dict[str, Any], task: dict[str, Any]) -> About:
+    classifies = task.get("task") == PrefixClassifier.name
+    return About(
+        task=task.get("task"),
+        form=prefix["form"],
+        length=prefix["length"],
+        parameters=prefix["parameters"],
+        fields=task.get("fields", ["text"]) if classifies else None,
+        labels=task["labels"] if classifies else None,
+        multi_label=classifies and task.get("multi_label", False),
+        zero_shot=classifies and task["label_words"] is not None,
+        template=task.get("template"),
+        max_new_tokens=task.get("max_new_tokens"),
+    )
 
 
 def _said(error: Exception) -> str:

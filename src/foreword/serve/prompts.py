@@ -24,6 +24,11 @@ class Prompts:
         self._opening = opening_ids(self._tokenizer)
         self._thread = ThreadPoolExecutor(1, "foreword-prompts")
 
+    @property
+    def chats(self) -> bool:
+        """Whether the base knows how a chat is written."""
+        return self._tokenizer.chat_template is not None
+
     async def of_text(self, prompt: str | list[int], behind_prefix: bool) -> list[int]:
         """The ids of a completion's prompt; ids are taken as they are. Raises Failure."""
         if isinstance(prompt, str):
@@ -34,7 +39,7 @@ class Prompts:
 
     async def of_chat(self, messages: list[dict[str, str]], behind_prefix: bool) -> list[int]:
         """The ids of a chat in the base's own template, up to where the assistant speaks. Raises Failure."""
-        if self._tokenizer.chat_template is None:
+        if not self.chats:
             raise Failure(400, "this base has no chat template; ask /v1/completions.", "no_chat_template")
         try:
             ids = await self._run(self._chat, messages)

@@ -1,9 +1,9 @@
-"""The one thread that owns the model: what waits, what decodes, what is classified.
+"""The one thread that owns the model: what waits, what decodes, what is read.
 
 Every turn it lets go of rows that ended or whose client went away, admits newcomers first come first served while
-there is room, runs one decoding step of all rows, and classifies a few texts. Requests for different prefixes and for
-none share the batch. Prefixes that differ in positions, windows or layers cannot be mixed: the next in line then waits
-for the batch to end, and nobody overtakes it.
+there is room, runs one decoding step of all rows, and reads a few texts (`texts`). Requests for different prefixes and
+for none share the batch. Prefixes that differ in positions, windows or layers cannot be mixed: the next in line then
+waits for the batch to end, and nobody overtakes it.
 
 Jobs come from an event loop and answer into asyncio queues there; how they are asked for is not known here.
 """
@@ -17,55 +17,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
 from ..model import PrefixModel
 from .batch import Batch, Row
-from .failure import Failure, broken, no_classifier, stopping, too_late
-from .generation import Generation, Piece, Sampling
-from .library import Library, Resident
+from .failure import Failure, broken, stopping, too_late
+from .generation import Generation, Piece
+from .jobs import Completion, Job, Reading
+from .library import Library
 from .metrics import Metrics
+from .texts import Texts
 
 PROMPT_TOKENS = 4096  # prompts run together hold at most so many, padding included, or a single one
-TEXTS = 32  # classified between two decoding steps
 RETRY_AFTER = 1
 log = logging.getLogger("foreword.serve")
 T = TypeVar("T")
-
-
-@dataclass(eq=False)
-class Job:
-    """Something to answer with a prefix (or None): parts of the answer, or a Failure, are put in `out` with `index`.
-
-    deadline: on the clock of `time.monotonic`. Whoever asked sets `cancelled` when nobody waits any more.
-    """
-
-    prefix: str | None
-    deadline: float
-    out: asyncio.Queue[tuple[int, Any]]
-    index: int = 0
-    arrived: float = field(default_factory=time.monotonic)
-    cancelled: bool = False
-    held: Resident | None = None
-
-
-@dataclass(eq=False)
-class Completion(Job):
-    """Answers Pieces, the last of which has a `finish`."""
-
-    prompt: list[int] = field(default_factory=list)
-    sampling: Sampling = field(default_factory=lambda: Sampling(1))
-
-
-@dataclass(eq=False)
-class Classification(Job):
-    """Answers one list, of what PrefixClassifier.predict says of each text."""
-
-    texts: list[str] = field(default_factory=list)
-    results: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Scheduler:
@@ -75,10 +43,11 @@ class Scheduler:
         self._model, self._library, self._metrics = model, library, metrics
         self._rows, self._limit = rows, waiting
         self._batch = Batch(model)
+        self._texts = Texts(model, library, metrics)
         self._ends = _end_ids(model)
         self._changed = threading.Condition()
         self._waiting: deque[Completion] = deque()
-        self._classifying: deque[Classification] = deque()
+        self._reading: deque[Reading] = deque()
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._running: dict[Row, tuple[Completion, Generation]] = {}
         self._gone: set[Row] = set()  # rows that ended and are still in the batch
@@ -86,7 +55,7 @@ class Scheduler:
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="foreword-engine", daemon=True)
-        metrics.waiting.set_function(lambda: len(self._waiting) + len(self._classifying))
+        metrics.waiting.set_function(lambda: len(self._waiting) + len(self._reading))
         metrics.running.set_function(lambda: len(self._running))
 
     # ---- from the event loop
@@ -105,10 +74,10 @@ class Scheduler:
         with self._changed:
             if not self.alive:
                 raise stopping()
-            if len(self._waiting) + len(self._classifying) + len(jobs) > self._limit:
+            if len(self._waiting) + len(self._reading) + len(jobs) > self._limit:
                 raise Failure(429, "too many requests wait; come again shortly.", "overloaded", RETRY_AFTER)
             for job in jobs:
-                (self._waiting if isinstance(job, Completion) else self._classifying).append(job)  # type: ignore
+                (self._waiting if isinstance(job, Completion) else self._reading).append(job)  # type: ignore
             self._changed.notify()
 
     async def call(self, work: Callable[[], T]) -> T:
@@ -140,7 +109,7 @@ class Scheduler:
 
     def _wait(self) -> bool:
         with self._changed:
-            busy = self._calls, self._waiting, self._classifying, self._running, self._gone
+            busy = self._calls, self._waiting, self._reading, self._running, self._gone
             while not self._stopping and not any(busy):
                 self._changed.wait()
             return not self._stopping
@@ -153,7 +122,7 @@ class Scheduler:
             if self._running:
                 self._metrics.batch.observe(len(self._running))
                 self._take(list(self._batch.rows), self._batch.step())
-            self._classify()
+            self._read()
         except Exception:
             log.exception("a turn of the engine failed; every request in it is answered with an error")
             self._fail_everything(broken(), waiting=False)
@@ -171,7 +140,7 @@ class Scheduler:
         """End what was cancelled or took too long, waiting or running."""
         now = time.monotonic()
         with self._changed:
-            for queue in (self._waiting, self._classifying):
+            for queue in (self._waiting, self._reading):
                 late: list[Job] = [job for job in queue if job.cancelled or job.deadline < now]
                 for job in late:
                     queue.remove(job)  # type: ignore[arg-type]
@@ -249,49 +218,16 @@ class Scheduler:
             else:
                 self._end(job, piece, row)
 
-    def _classify(self) -> None:
-        """The next texts in line, with those of later jobs for the same prefix."""
+    def _read(self) -> None:
+        """Work on the next of the texts that are read and not continued."""
         with self._changed:
-            jobs = list(self._classifying)
-        if not jobs or (held := self._classifier_of(jobs[0])) is None:
+            line = list(self._reading)
+        if not line:
             return
-        picked = self._next_texts(
-            [job for job in jobs if job.prefix == jobs[0].prefix and self._classifier_of(job) is held]
-        )
-        assert held.classifier is not None
-        try:
-            results = held.classifier.predict([text for _, text in picked], TEXTS, prefix=held.key)
-        except Exception:
-            log.exception("classifying failed; the requests in it are answered with an error")
-            for job in dict.fromkeys(job for job, _ in picked):
-                self._answer(job, broken())
-            return
-        self._metrics.texts.inc(len(results))
-        for (job, _), result in zip(picked, results, strict=True):
-            job.results.append(result)
-            if len(job.results) == len(job.texts):
-                self._answer(job, job.results)
-
-    def _classifier_of(self, job: Classification) -> Resident | None:
-        """The prefix that a job holds from now on; None where the job has failed for want of it."""
-        assert job.prefix is not None
-        try:
-            job.held = job.held or self._library.take(job.prefix)
-            if job.held.classifier is None:
-                raise no_classifier(job.prefix)
-        except Failure as failure:
-            self._answer(job, failure)
-            return None
-        return job.held
-
-    @staticmethod
-    def _next_texts(jobs: list[Classification]) -> list[tuple[Classification, str]]:
-        return [(job, text) for job in jobs for text in job.texts[len(job.results) :]][:TEXTS]
-
-    def _answer(self, job: Classification, answer: Any) -> None:
-        with self._changed:
-            self._classifying.remove(job)
-        self._end(job, answer)
+        for job, answer in self._texts.read(line):
+            with self._changed:
+                self._reading.remove(job)  # type: ignore[arg-type]
+            self._end(job, answer)
 
     # ---- answers
 
@@ -318,8 +254,8 @@ class Scheduler:
         self._gone.clear()
         self._batch.clear()
         with self._changed:
-            while waiting and (self._waiting or self._classifying):
-                self._end((self._waiting or self._classifying).popleft(), failure)
+            while waiting and (self._waiting or self._reading):
+                self._end((self._waiting or self._reading).popleft(), failure)
             while waiting and self._calls:
                 self._calls.popleft()[1].set_exception(failure)
         self._send()

@@ -108,11 +108,22 @@ class ChatRequest(_Generating):
 
 
 class ClassifyRequest(_Strict):
+    """like: where `model` is the base, the prefix whose template and label words it is to answer with."""
+
     model: ModelName
     input: str | Annotated[list[str], Field(min_length=1, max_length=TEXTS)]
+    like: ModelName | None = None
 
     def texts(self) -> list[str]:
         return [self.input] if isinstance(self.input, str) else self.input
+
+
+class AttentionRequest(_Strict):
+    """input: a text, or the messages of a chat. Around a text for a prefix that classifies its template is put; for
+    others it is read as the prompt of a completion."""
+
+    model: ModelName
+    input: str | Annotated[list[Message], Field(min_length=1, max_length=MESSAGES)]
 
 
 class ErrorDetail(BaseModel):
@@ -146,6 +157,25 @@ class ClassifyAnswer(BaseModel):
     data: list[Label]
 
 
+class TokenShare(BaseModel):
+    """A token's text, and the share of its attention that goes to the prefix, between 0 and 1."""
+
+    token: str
+    share: float
+
+
+class AttentionAnswer(BaseModel):
+    """share: the mean over the tokens. cut: the text was too long to be read whole."""
+
+    id: str
+    object: Literal["attention"] = "attention"
+    created: int
+    model: str
+    share: float
+    tokens: list[TokenShare]
+    cut: bool
+
+
 class PrefixState(BaseModel):
     """A prefix of the folder: in memory or not, or why it is not served."""
 
@@ -161,12 +191,37 @@ class PrefixList(BaseModel):
     data: list[PrefixState]
 
 
+class About(BaseModel):
+    """A prefix as a client needs to know it. `length` in tokens; `parameters` that were trained.
+
+    task: what it was trained for (null: for nothing in particular); `template` stands around its texts, named in
+    braces. fields, labels: of one that classifies; zero_shot: the base can answer like it. max_new_tokens: of one that
+    generates.
+    """
+
+    task: str | None
+    form: str
+    length: int
+    parameters: int
+    fields: list[str] | None
+    labels: list[str] | None
+    multi_label: bool
+    zero_shot: bool
+    template: str | None
+    max_new_tokens: int | None
+
+
 class ModelCard(BaseModel):
+    """routes: those that answer for it. parameters: the base's; what a prefix adds is in `prefix`."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["foreword"] = "foreword"
     parent: str | None = None
+    routes: list[str]
+    parameters: int
+    prefix: About | None = None
 
 
 class ModelList(BaseModel):

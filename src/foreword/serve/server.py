@@ -70,7 +70,8 @@ def build(config: ServeConfig, say: Callable[[str], None]) -> FastAPI:
     say(f"Serving {name} and {len(library.listed)} prefixes on http://{config.host}:{config.port}")
     scheduler = Scheduler(model, library, metrics, rows=config.rows, waiting=config.waiting)
     prompts = Prompts(model.tokenizer, vocabulary_size(model.base))
-    service = Service(name, model.kind == "decoder", scheduler, library, prompts, metrics, config.deadline)
+    parameters = sum(p.numel() for p in model.base.parameters())
+    service = Service(name, model.kind == "decoder", parameters, scheduler, library, prompts, metrics, config.deadline)
     return create_app(service, config.keys, BODY_LIMIT)
 
 

@@ -12,24 +12,27 @@ from typing import Any
 from starlette.requests import Request
 
 from .answers import Answering, Usage, event
-from .failure import Failure, no_classifier, unknown_model
+from .failure import Failure, no_classifier, no_prefix, not_served, unknown_model
 from .generation import Piece
+from .jobs import Attention, Classification, Completion, Job, Shares
 from .library import Library, Listed
 from .metrics import Metrics
 from .prompts import Prompts
-from .scheduler import Classification, Completion, Job, Scheduler
-from .schema import ChatRequest, ClassifyRequest, CompletionRequest
+from .scheduler import Scheduler
+from .schema import AttentionRequest, ChatRequest, ClassifyRequest, CompletionRequest
 
 
 @dataclass
 class Service:
-    """One base with its prefixes. `base` is its name among the models; `generates` is false for encoders.
+    """One base with its prefixes. `base` is its name among the models; `generates` is false for encoders;
+    `parameters` counts the base's.
 
     deadline: seconds that a request may take.
     """
 
     base: str
     generates: bool
+    parameters: int
     scheduler: Scheduler
     library: Library
     prompts: Prompts
@@ -57,7 +60,7 @@ class Service:
             ids = [await self.prompts.of_text(prompt, listed is not None) for prompt in asked.prompts()]
         for prompt in ids:
             self.library.check_room(listed, len(prompt) + asked.tokens)
-        out, deadline = asyncio.Queue[tuple[int, Any]](), time.monotonic() + self.deadline
+        out, deadline = asyncio.Queue[tuple[int, Any]](), self._end()
         name, sampling = listed.name if listed else None, asked.sampling(asked.tokens, asked.top)
         jobs = [Completion(name, deadline, out, i, prompt=p, sampling=sampling) for i, p in enumerate(ids)]
         self.scheduler.submit(jobs)
@@ -83,21 +86,67 @@ class Service:
         include_usage = asked.stream_options is not None and asked.stream_options.include_usage
         return _events(answering, first, pieces, include_usage)
 
+    def routes(self, listed: Listed | None) -> list[str]:
+        """Those that answer for a prefix, or for the base."""
+        names = ["classify"] if listed is not None and _classifies(listed) else []
+        if self.generates:
+            names += ["completions"] + ["chat/completions"] * self.prompts.chats
+        if listed is not None and names:
+            names.append("attention")
+        return [f"/v1/{name}" for name in names]
+
     async def classify(self, asked: ClassifyRequest, request: Request) -> list[dict[str, Any]]:
         """What PrefixClassifier.predict says of each text. Raises Failure."""
-        listed = self.listed(asked.model)
-        if listed is None or listed.labels is None:
-            raise no_classifier(asked.model)
+        listed, bare = self.listed(asked.model), asked.model == self.base
+        if asked.like is not None:
+            if not bare:
+                raise Failure(400, f"like: {asked.model!r} is no base; leave it out, or ask {self.base}.", "bad_like")
+            listed = self.listed(asked.like)
+        if listed is None or listed.about.labels is None:
+            raise no_classifier(asked.like or asked.model)
+        if not _classifies(listed):
+            raise not_served(listed.name)
         for number, text in enumerate(asked.texts(), 1):
             if not text.strip():
                 raise Failure(400, f"text {number} is empty; there is nothing to classify.", "empty_text")
-        out = asyncio.Queue[tuple[int, Any]]()
-        job = Classification(listed.name, time.monotonic() + self.deadline, out, texts=asked.texts())
+        job = Classification(listed.name, self._end(), asyncio.Queue(), texts=asked.texts(), bare=bare)
+        return await self._answer(job, request)
+
+    async def attention(self, asked: AttentionRequest, request: Request) -> Shares:
+        """Where the attention of each token of a text goes. Raises Failure."""
+        listed = self.listed(asked.model)
+        if listed is None:
+            raise no_prefix(asked.model)
+        job = Attention(listed.name, self._end(), asyncio.Queue())
+        if isinstance(asked.input, str) and _classifies(listed):
+            if not asked.input.strip():
+                raise Failure(400, "the text is empty; write at least one word.", "empty_text")
+            job.text = asked.input
+        elif not self.generates:
+            raise Failure(400, f"{self.base} generates no text, so it reads no prompt.", "no_generation")
+        elif isinstance(asked.input, str):
+            job.prompt = await self.prompts.of_text(asked.input, True)
+        else:
+            job.prompt = await self.prompts.of_chat([m.flat() for m in asked.input], True)
+        self.library.check_room(listed, len(job.prompt))
+        return await self._answer(job, request)
+
+    async def _answer(self, job: Job, request: Request) -> Any:
+        """The only answer of a job, once it is there. Raises Failure."""
         self.scheduler.submit([job])
-        async with aclosing(_answers([job], out, request)) as answers:
-            async for _, results in answers:
-                return results
+        async with aclosing(_answers([job], job.out, request)) as answers:
+            async for _, answer in answers:
+                return answer
         raise AssertionError("a job always answers")
+
+    def _end(self) -> float:
+        return time.monotonic() + self.deadline
+
+
+def _classifies(listed: Listed) -> bool:
+    """Whether a prefix gives one label to one text."""
+    about = listed.about
+    return about.labels is not None and len(about.fields or ()) == 1 and not about.multi_label
 
 
 async def _answers(

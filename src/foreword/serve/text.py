@@ -12,10 +12,13 @@ BROKEN = "\ufffd"  # what a tokenizer shows of a character whose bytes have not 
 
 
 class Transcript:
-    """The text of one continuation as it grows. `text` is what has been given out; nothing of it is taken back."""
+    """The text of one continuation as it grows. `text` is what has been given out; nothing of it is taken back.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+    special: show special tokens too.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), special: bool = False) -> None:
+        self._tokenizer, self._stop, self._special = tokenizer, tuple(stop), special
         self._ids: list[int] = []  # a window: tokens given out already, for context, and those after them
         self._given = 0  # how many of the window have been given out
         self._held = ""  # text that may yet turn out to begin a stop string
@@ -45,7 +48,7 @@ class Transcript:
         return piece + held
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=not self._special)
 
     def _let_out(self, piece: str) -> str:
         whole = self._held + piece

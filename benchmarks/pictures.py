@@ -21,10 +21,15 @@ parser.add_argument("--dark", action="store_true")
 parser.add_argument("--top", action="store_true")
 
 
-def browser() -> str:
-    """The path of a Chromium that is installed."""
+def find_browser() -> str | None:
+    """The path of a Chromium that is installed, or None."""
     named = os.environ.get("FOREWORD_CHROMIUM")
-    found = named or next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    return named or next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def browser() -> str:
+    """The path of a Chromium that is installed; without one the program ends."""
+    found = find_browser()
     if found is None:
         sys.exit(f"pictures: none of {', '.join(BROWSERS)} is installed; install one, or name it in FOREWORD_CHROMIUM.")
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foreword import attention, shares
-from foreword.shares import attention_shares, watching
+from foreword.shares import attention_shares, token_shares, watching
 
 from . import families as f
 
@@ -84,6 +84,19 @@ def test_shares_are_means_over_real_tokens_whatever_the_batches(name: str, side:
     for site in model.sites:
         assert padded[site.name].shape == (4, f.LENGTH)
         torch.testing.assert_close(padded[site.name], one_by_one[site.name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_token_shares_are_the_materialised_attention_of_the_text(name: str, materialised: list[Tensor]) -> None:
+    family, model = f.BY_NAME[name], f.wrapped(name, kernel="reference")
+    materialised.clear()
+    batch = f.inputs(family, [7])
+    found = token_shares(model, lambda: model(**batch, prefix="p"))
+    assert found is not None and len(materialised) == len(model.sites)
+    reads_text = [model.kind != "encoder-decoder" or site.kind == "encoder" for site in model.sites]
+    rows = [w[0, :, :, : f.LENGTH].sum(-1) for w, kept in zip(materialised, reads_text, strict=True) if kept]
+    torch.testing.assert_close(found, torch.cat(rows).mean(0), atol=1e-5, rtol=1e-5)
+    assert token_shares(model, lambda: model(**batch, prefix=None)) is None
 
 
 def test_watching_ends_with_the_context_and_hears_nothing_without_a_prefix() -> None:

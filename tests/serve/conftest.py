@@ -26,9 +26,11 @@ from foreword.bases import load_base
 from foreword.forms import PrefixConfig
 from foreword.model import PrefixModel
 from foreword.tasks.classify import PrefixClassifier
+from foreword.tasks.generate import PrefixGenerator
 
 NAMES = [f"p{i}" for i in range(6)]
 CLASSIFIERS = ["sorts", "tells"]  # by label words, and by a linear head
+OTHERS = ["pairs", "many", "writes"]  # two texts a row, lists of labels, a task that generates
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 WORDS = "the cat sleeps on a warm stone and dog runs after red ball".split()
 
@@ -52,6 +54,14 @@ def save_prefixes(model: PrefixModel, folder: Path) -> None:
         if classifier.head is not None:
             torch.nn.init.normal_(classifier.head.weight, generator=torch.Generator().manual_seed(seed))
         classifier.save_pretrained(folder / name)
+    for seed, name in enumerate(OTHERS, 60):
+        add_random(model, name, seed, length=4)
+        tasks = {
+            "pairs": lambda: PrefixClassifier.for_labels(model, ("animal", "tool"), fields=("one", "two")),
+            "many": lambda: PrefixClassifier.for_labels(model, ("animal", "tool"), multi_label=True),
+            "writes": lambda: PrefixGenerator.for_data(model, template="Text: {prompt}\n", max_new_tokens=24),
+        }
+        tasks[name]().save_pretrained(folder / name)
     shutil.copytree(folder / "p0", folder / "damaged")
     (folder / "damaged" / "prefix.json").write_text("{", encoding="utf-8")
     header = json.loads((folder / "p0" / "prefix.json").read_text(encoding="utf-8"))
@@ -85,7 +95,7 @@ class Offline:
     def __init__(self, base: Path, folder: Path) -> None:
         self.model = PrefixModel(*load_base(str(base), torch.float32))
         self.tokenizer = self.model.tokenizer
-        for name in NAMES:
+        for name in (*NAMES, "writes"):
             self.model.load(folder / name, name)
         self.classifiers = {n: PrefixClassifier.from_pretrained(folder / n, self.model) for n in CLASSIFIERS}
         self.tokens = cache(self._tokens)

@@ -17,7 +17,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from .conftest import NAMES, Offline, Server
+from .conftest import CLASSIFIERS, NAMES, OTHERS, Offline, Server
 from .test_server import complete
 
 REQUESTS = int(os.environ.get("FOREWORD_FUZZ_REQUESTS", "5000"))
@@ -33,19 +33,20 @@ CHECKS = [
     schemathesis.checks.content_type_conformance,
     schemathesis.checks.status_code_conformance,
 ]
-POSTS = ["completions", "chat/completions", "classify"]
+POSTS = ["completions", "chat/completions", "classify", "attention"]
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=12,
 )
-FIELDS = "model prompt messages input max_tokens temperature top_p seed stop stream logprobs n echo user".split()
+FIELDS = "model prompt messages input like max_tokens temperature top_p seed stop stream logprobs n echo user".split()
 BODIES = st.fixed_dictionaries(
-    {"model": st.sampled_from([*NAMES, "tiny-llama", "sorts"]) | JSON},
+    {"model": st.sampled_from([*NAMES, *CLASSIFIERS, *OTHERS, "tiny-llama"]) | JSON},
     optional={name: JSON for name in FIELDS if name != "model"}
     | {
         "prompt": st.text(max_size=30) | JSON,
         "input": st.text(max_size=30) | st.lists(st.text(max_size=10), max_size=3),
+        "like": st.sampled_from([*CLASSIFIERS, "p0"]) | JSON,
         "messages": st.just([{"role": "user", "content": "x"}]) | JSON,
         "max_tokens": st.integers(1, 8),
         "stream": st.booleans(),

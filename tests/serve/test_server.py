@@ -19,7 +19,7 @@ import pytest
 from foreword.bases import load_base
 from foreword.model import PrefixModel
 
-from .conftest import CLASSIFIERS, NAMES, TEMPLATE, WORDS, Offline, Server, add_random
+from .conftest import CLASSIFIERS, NAMES, OTHERS, TEMPLATE, WORDS, Offline, Server, add_random
 
 BASE = "tiny-llama"
 MODELS = [*NAMES, BASE]
@@ -44,7 +44,7 @@ def post(server: Server, path: str, body: Any, **settings: Any) -> httpx.Respons
 def test_models_are_the_base_and_every_sound_prefix(server: Server) -> None:
     client = server.client()
     names = [model.id for model in client.models.list()]
-    assert names[0] == BASE and set(names[1:]) == {*NAMES, *CLASSIFIERS}
+    assert names[0] == BASE and set(names[1:]) == {*NAMES, *CLASSIFIERS, *OTHERS}
     assert client.models.retrieve("p1").parent == BASE  # type: ignore[attr-defined]
     with pytest.raises(openai.NotFoundError, match="no model 'p99'"):
         client.models.retrieve("p99")
@@ -162,12 +162,6 @@ def test_classify_is_what_predict_says(server: Server, offline: Offline, name: s
     assert len({round(answer["probability"], 3) for answer in answers}) > 5  # the texts are told apart
 
 
-def test_classifying_with_another_prefix_is_refused(server: Server) -> None:
-    for model in ("p0", BASE):
-        answer = post(server, "/v1/classify", {"model": model, "input": "x"})
-        assert answer.status_code == 400 and "not trained to classify" in answer.json()["error"]["message"]
-
-
 # ---- trouble
 
 
@@ -192,6 +186,23 @@ def test_classifying_with_another_prefix_is_refused(server: Server) -> None:
         ("chat/completions", {"model": "p0", "messages": []}, 400, "messages"),
         ("chat/completions", {"model": "p0", "messages": [{"role": "x", "content": "a"}]}, 400, "role"),
         ("classify", {"model": "sorts", "input": ["a", " "]}, 400, "text 2 is empty"),
+        ("classify", {"model": "p0", "input": "x"}, 400, "not trained to classify"),
+        ("classify", {"model": BASE, "input": "x"}, 400, "not trained to classify"),
+        ("classify", {"model": "pairs", "input": "x"}, 400, "several texts"),
+        ("classify", {"model": "many", "input": "x"}, 400, "several labels"),
+        ("classify", {"model": BASE, "like": "p0", "input": "x"}, 400, "'p0' was not trained to classify"),
+        ("classify", {"model": BASE, "like": BASE, "input": "x"}, 400, "not trained to classify"),
+        ("classify", {"model": BASE, "like": "p99", "input": "x"}, 404, "no model 'p99'"),
+        ("classify", {"model": BASE, "like": "tells", "input": "x"}, 400, "a layer that was trained with it"),
+        ("classify", {"model": "sorts", "like": "sorts", "input": "x"}, 400, "like: 'sorts' is no base"),
+        ("attention", {"model": BASE, "input": "x"}, 400, "is the base; name a prefix"),
+        ("attention", {"model": "p99", "input": "x"}, 404, "no model 'p99'"),
+        ("attention", {"model": "p0", "input": ""}, 400, "empty"),
+        ("attention", {"model": "sorts", "input": " "}, 400, "the text is empty"),
+        ("attention", {"model": "p0", "input": ["x"]}, 400, "input"),
+        ("attention", {"model": "p0", "input": []}, 400, "input"),
+        ("attention", {"model": "p0", "input": "cat " * 200}, 400, "there is room for 125"),
+        ("attention", {"model": "p0"}, 400, "input"),
         ("nothing", {}, 404, "not found"),
         ("prefixes/p99/load", {}, 404, "no model 'p99'"),
         ("prefixes/..%2Fp0/load", {}, 404, "not found"),
@@ -284,10 +295,10 @@ def test_api_keys_open_every_route_but_health(serve: Callable[..., Server], pref
     assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{server.url}/openapi.json").status_code == 200
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"}):
-        for path in ("/v1/models", "/metrics", "/v1/prefixes"):
+        for path in ("/v1/models", "/metrics", "/v1/prefixes", "/static", "/static/../v1/models", "//v1/models"):
             answer = httpx.get(f"{server.url}{path}", headers=headers)
             assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
-    assert len(list(server.client("first").models.list())) == 9
+    assert len(list(server.client("first").models.list())) == 1 + len([*NAMES, *CLASSIFIERS, *OTHERS])
     with pytest.raises(openai.AuthenticationError):
         server.client("second").models.list()
 

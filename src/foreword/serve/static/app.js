@@ -1,7 +1,7 @@
 // The page: which models there are, what is asked of them, and where the answers go.
 
 import * as api from "./api.js";
-import { card, foot, looked, make, note, number, percent, verdict } from "./cards.js";
+import { card, foot, looked, make, note, number, percent, rounded, shown, verdict } from "./cards.js";
 
 const $ = (id) => document.getElementById(id);
 let base = null; // the card of the base in /v1/models
@@ -23,7 +23,7 @@ async function load() {
   }
   lock(false);
   $("forget").hidden = !api.key.get();
-  $("base").textContent = `${base.id} · ${number(base.parameters)} frozen parameters`;
+  $("base").textContent = `${base.id} · ${rounded(base.parameters)} frozen parameters`;
   offer();
 }
 
@@ -61,7 +61,7 @@ function offerSecond() {
   $("settings").hidden = !writes;
   $("chat-choice").hidden = !!chosen?.prefix.template || !base.routes.includes("/v1/chat/completions");
   $("tokens").value = chosen?.prefix.max_new_tokens ?? 64;
-  $("about").textContent = chosen ? told(chosen.prefix) : "No prefix is served that this page can try.";
+  $("about").replaceChildren(...(chosen ? told(chosen.prefix) : ["No prefix is served that this page can try."]));
 }
 
 function option(value, text, disabled = false) {
@@ -70,8 +70,10 @@ function option(value, text, disabled = false) {
   return made;
 }
 
-const told = ({ length, parameters }) =>
-  `${number(length)} virtual tokens, ${number(parameters)} trained parameters (${percent(parameters / base.parameters)} of the base)`;
+function told({ length, parameters, template }) {
+  const size = `${number(length)} virtual tokens, ${number(parameters)} trained parameters (${percent(parameters / base.parameters)} of the base)`;
+  return template ? [`${size}. Reads `, make("code", { text: shown(template) })] : [size];
+}
 
 // ---- asking
 
@@ -118,30 +120,29 @@ function writing({ model, like }) {
   return { body: { model, ...settings, [chat ? "messages" : "prompt"]: input }, seen: { model, input } };
 }
 
+/** Labels of a text; what is told of them. */
 async function sort({ role, model, like, body, element }, signal) {
   if (role === "base" && !like.prefix.zero_shot) {
     element.append(note(`${like.id} reads its labels off a layer that was trained with it; the base alone has none.`));
     return null;
   }
-  const began = performance.now();
   const found = await answered(element, api.classify(body, signal));
-  const cut = found.cut ? ", text cut to fit" : "";
-  element.append(...verdict(found), foot(`${duration(began)}${cut}`));
+  element.append(...verdict(found), ...(found.cut ? [foot("The text was too long and was cut.")] : []));
   return `${model}: ${found.label}, ${percent(found.probability)}`;
 }
 
+/** Text as it comes; what is told of it. */
 async function write({ model, body, element }, signal) {
   const text = make("div", { class: "written streaming" });
   const under = foot("");
   element.append(text, under);
-  const began = performance.now();
   let count = 0;
   try {
     for await (const piece of api.stream(body, signal)) {
       text.append(piece.text);
       count += body.messages && !piece.text && !piece.finish ? 0 : 1; // a chat opens with an empty piece
       const end = { stop: ", ended by itself", length: ", at the limit" }[piece.finish] ?? "";
-      under.textContent = `${number(count)} tokens, ${duration(began)}${end}`;
+      under.textContent = `${number(count)} tokens${end}`;
     }
   } catch (error) {
     if (!count) text.replaceWith(note("No answer."));
@@ -159,17 +160,18 @@ async function look({ role, model, seen }, signal) {
   return null;
 }
 
-async function answered(element, promise, shown = true) {
+async function answered(element, promise, inCard = true) {
+  element.classList.add("waiting");
   try {
     return await promise;
   } catch (error) {
-    if (shown) element.append(note("No answer."));
+    if (inCard) element.append(note("No answer."));
     else element.remove();
     throw error;
+  } finally {
+    element.classList.remove("waiting");
   }
 }
-
-const duration = (began) => `${number(Math.round(performance.now() - began))} ms`;
 
 // ---- telling
 

@@ -3,10 +3,19 @@
 const FOLD = 10; // labels that are shown at once
 const percents = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 const numbers = new Intl.NumberFormat("en");
+const round = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const ROLES = { prefix: "With the prefix", base: "The base, no prefix", second: "Second prefix" };
 
-export const percent = (share) => percents.format(share);
 export const number = (value) => numbers.format(value);
+
+export const rounded = (value) => round.format(value);
+
+/** A share between 0 and 1; what is neither is never shown as nothing or everything. */
+export function percent(share) {
+  if (share > 0 && share < 0.0005) return `<${percents.format(0.001)}`;
+  if (share < 1 && share >= 0.9995) return `>${percents.format(0.999)}`;
+  return percents.format(share);
+}
 
 /** An element with these properties (`class`, `text`, others as attributes) and children. */
 export function make(tag, properties = {}, ...children) {
@@ -53,7 +62,8 @@ function bars(entries, best) {
 export function looked(role, name, { share, tokens, cut }) {
   const least = Math.min(...tokens.map((token) => token.share));
   const most = Math.max(...tokens.map((token) => token.share));
-  const readout = make("p", { class: "readout soft small", "aria-hidden": "true", text: "Point at a token, or move over the tokens with the arrow keys." });
+  const how = "The mean over layers and heads. Point at a token, or move over the tokens with the arrow keys.";
+  const readout = make("p", { class: "readout soft small", text: how });
   const list = make("ol", { class: "tokens", "aria-label": "Tokens and their share of attention on the prefix" });
   for (const { token, share } of tokens) {
     const words = make("span", { class: "hidden", text: ` ${percent(share)} ` });
@@ -73,7 +83,8 @@ export function looked(role, name, { share, tokens, cut }) {
   return make("article", { class: `card looked ${role}`, "aria-label": `Attention on ${name}` }, head, list, readout, ...parts);
 }
 
-const shown = (token) => token.replaceAll("\n", "↵");
+/** A token as it is seen: line breaks as a sign, and the first parts of a character, which have no text, as a dot. */
+export const shown = (token) => token.replaceAll("\n", "↵") || "·";
 
 /** One stop for Tab; arrow keys, Home and End move among the items. */
 function roving(items) {

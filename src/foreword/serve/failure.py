@@ -28,6 +28,10 @@ def no_classifier(name: str) -> Failure:
     return Failure(400, f"{name!r} was not trained to classify; ask /v1/completions.", "not_a_classifier")
 
 
+def empty_text(number: int) -> Failure:
+    return Failure(400, f"text {number} is empty; write at least one word.", "empty_text")
+
+
 def no_words(name: str) -> Failure:
     sentence = f"{name!r} reads its labels off a layer that was trained with it; the base alone cannot answer like it."
     return Failure(400, sentence, "no_label_words")

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 
 from .answers import Answering, Usage, event
-from .failure import Failure, no_classifier, no_prefix, not_served, unknown_model
+from .failure import Failure, empty_text, no_classifier, no_prefix, not_served, unknown_model
 from .generation import Piece
 from .jobs import Attention, Classification, Completion, Job, Shares
 from .library import Library, Listed
@@ -108,7 +108,7 @@ class Service:
             raise not_served(listed.name)
         for number, text in enumerate(asked.texts(), 1):
             if not text.strip():
-                raise Failure(400, f"text {number} is empty; there is nothing to classify.", "empty_text")
+                raise empty_text(number)
         job = Classification(listed.name, self._end(), asyncio.Queue(), texts=asked.texts(), bare=bare)
         return await self._answer(job, request)
 
@@ -120,7 +120,7 @@ class Service:
         job = Attention(listed.name, self._end(), asyncio.Queue())
         if isinstance(asked.input, str) and _classifies(listed):
             if not asked.input.strip():
-                raise Failure(400, "the text is empty; write at least one word.", "empty_text")
+                raise empty_text(1)
             job.text = asked.input
         elif not self.generates:
             raise Failure(400, f"{self.base} generates no text, so it reads no prompt.", "no_generation")

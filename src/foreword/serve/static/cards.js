@@ -67,12 +67,13 @@ export function looked(role, name, { share, tokens, cut }) {
   const list = make("ol", { class: "tokens", "aria-label": "Tokens and their share of attention on the prefix" });
   for (const { token, share } of tokens) {
     const words = make("span", { class: "hidden", text: ` ${percent(share)} ` });
-    const item = make("li", { tabindex: "-1" }, shown(token), words);
+    const breaks = token.includes("\n") ? [make("br")] : [];
+    const item = make("li", { tabindex: "-1" }, shown(token), words, ...breaks);
     item.style.setProperty("--shade", most > least ? (share - least) / (most - least) : 0.5);
     const tell = () => { readout.textContent = `“${shown(token)}” gives ${percent(share)} of its attention to the prefix.`; };
     item.addEventListener("pointerenter", tell);
     item.addEventListener("focus", tell);
-    list.append(item, ...(token.includes("\n") ? [make("br")] : []));
+    list.append(item);
   }
   roving([...list.querySelectorAll("li")]);
   const title = make("h2", {}, make("b", { text: percent(share) }), ` of this text’s attention goes to ${name}`);

@@ -117,9 +117,14 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return {service.base: card(service.base, started, None), **{p.name: card(p.name, p.created, p) for p in listed}}
 
     def card(name: str, created: int, listed: Listed | None) -> ModelCard:
-        about = {"parent": service.base, "prefix": listed.about} if listed is not None else {}
-        parameters, routes = service.parameters, service.routes(listed)
-        return ModelCard(id=name, created=created, parameters=parameters, routes=routes, **about)
+        return ModelCard(
+            id=name,
+            created=created,
+            parent=None if listed is None else service.base,
+            routes=service.routes(listed),
+            parameters=service.parameters,
+            prefix=None if listed is None else listed.about,
+        )
 
     @app.get("/v1/models")
     async def models() -> ModelList:

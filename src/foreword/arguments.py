@@ -71,6 +71,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
     )
     # Set afterwards: the constructor demands that save_steps be a multiple of eval_steps, which PrefixTrainer
     # does not need, as it saves each new best step.

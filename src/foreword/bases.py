@@ -1,7 +1,8 @@
-"""Loading a base: a hub id, a folder, or the embedded default."""
+"""Loading a base: a hub id, a folder, or the embedded default; quantised, or sharded over processes, if asked for."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,34 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
 from . import defaults
 from .errors import InputError
 
+# As transformers' BitsAndBytesConfig takes them; of 4 bits what QLoRA found best (Dettmers et al. 2023,
+# arXiv:2305.14314).
+QUANTISED: dict[str, dict[str, Any]] = {
+    "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "8bit": {"load_in_8bit": True},
+}
 
-def load_base(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
+
+def load_base(
+    model: str,
+    dtype: torch.dtype | None = None,
+    *,
+    quantise: str | dict[str, Any] | None = None,
+    shards: int = 1,
+) -> tuple[PreTrainedModel, Any]:
     """A base with its language-model head, in evaluation mode, and its tokenizer with a pad token.
 
     dtype: of the weights; by default bfloat16 where the machine computes it fast, else float32.
-    Raises InputError when the folder is missing, the hub cannot be reached, or it is not a language model.
+    quantise: `4bit` or `8bit`, by bitsandbytes, or a quantization_config of transformers as a dict.
+    shards: over so many processes its weights are split (FSDP2, layer by layer); each loads its own part alone.
+    Raises InputError when the folder is missing, the hub cannot be reached, it is not a language model, or it cannot
+    be quantised here.
     """
     source = str(defaults.model_path()) if model == defaults.MODEL else model
     looks_local = source.startswith((".", "/", "~")) or Path(source).exists()
@@ -39,11 +57,17 @@ def load_base(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     except (OSError, ValueError) as error:
         raise InputError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
     auto = _auto_class(config, model)
+    dtype = dtype or default_dtype()
+    options = {**_quantisation(quantise, dtype), **_sharding(auto, config, shards)}
+    if len(options) > 1:
+        raise InputError("a quantised base cannot be sharded; leave out one of the two.")
     if model == defaults.MODEL:  # half a second: a bar would only be noise
         transformers_logging.disable_progress_bar()
     try:
-        base = auto.from_pretrained(source, dtype=dtype or default_dtype())
+        base = auto.from_pretrained(source, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
+    except ImportError as error:
+        raise InputError(f"the model {model} cannot be quantised: install foreword[quantised].") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
     finally:
@@ -55,6 +79,11 @@ def load_base(model: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedM
     return base.eval(), tokenizer
 
 
+def base_of(header: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """The base that a saved prefix was trained on, as `prefix.json` tells it. Raises InputError as `load_base` does."""
+    return load_base(header["base"]["id"], quantise=header["base"].get("quantisation"))
+
+
 def _auto_class(config: Any, model: str) -> Any:
     if config.is_encoder_decoder and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         return AutoModelForSeq2SeqLM
@@ -63,6 +92,36 @@ def _auto_class(config: Any, model: str) -> Any:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForCausalLM
     raise InputError(f"{model} ({config.model_type}) is not a causal, masked or sequence-to-sequence language model.")
+
+
+def _quantisation(quantise: str | dict[str, Any] | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained takes."""
+    if quantise is None:
+        return {}
+    if isinstance(quantise, dict):
+        return {"quantization_config": quantise}
+    if quantise not in QUANTISED:
+        raise InputError(f"a base cannot be quantised to {quantise!r}; choose {' or '.join(QUANTISED)}.")
+    computed = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")} if quantise == "4bit" else {}
+    return {"quantization_config": {"quant_method": "bitsandbytes", **QUANTISED[quantise], **computed}}
+
+
+def quantisation(base: PreTrainedModel) -> dict[str, Any] | None:
+    """With what `quantise` a base like this one is loaded."""
+    quantised = getattr(base.config, "quantization_config", None)
+    return None if quantised is None else quantised if isinstance(quantised, dict) else quantised.to_dict()
+
+
+def _sharding(auto: Any, config: Any, shards: int) -> dict[str, Any]:
+    """What from_pretrained takes: a plan that names the layers of any family, beside the family's own."""
+    if shards == 1:
+        return {}
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)
+    layers = set(skeleton._no_split_modules or ())
+    numbered = [name for name, m in skeleton.named_modules() if type(m).__name__ in layers]
+    plan = {re.sub(r"\.\d+(?=\.|$)", ".*", name): "free_full_weight" for name in numbered}
+    return {"distributed_config": DistributedConfig(fsdp_size=shards, fsdp_plan=plan)}
 
 
 def default_dtype() -> torch.dtype:

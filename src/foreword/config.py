@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from . import defaults
+from . import defaults, processes
 from .errors import InputError, RunError
 from .forms import PrefixConfig
 
@@ -30,6 +30,8 @@ class TrainConfig:
     max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).
     beams: beam search over so many when completions are tested (`generate`).
     stride: tokens that two windows of a long context share (`answer`); by default half of what a window holds.
+    batch_size: rows of a step (times `gradient_accumulation`), of all processes together.
+    quantise: the base, by bitsandbytes. shard: its weights over the processes (FSDP2).
     validation_rows, test_rows: how many rows to validate and test on, all by default.
     save_steps: steps between checkpoints and validations; by default a quarter of an epoch.
     """
@@ -65,6 +67,8 @@ class TrainConfig:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantise: Literal["4bit", "8bit"] | None = None
+    shard: bool = False
     zero_shot: bool = True
     report_to: str = "none"
     seed: int = 0
@@ -95,6 +99,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be above 0, not {value}.")
+        if self.shard and processes.count() == 1:
+            raise InputError("there is one process, and nothing to shard the base over; start several with torchrun.")
 
 
 # ---- what a run leaves behind while it runs

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .errors import InputError, RunError
 from .kv import KVPrefix, SiteKV
@@ -34,18 +35,25 @@ REQUIRED = ("format", "base", "prefix", "sites", "digest")
 def fingerprint(base: nn.Module) -> str:
     """16 hexadecimal digits that tell one base from another: names, shapes and 16 values of every parameter.
 
-    Values are compared in bfloat16, so a base has one fingerprint in float32 and in bfloat16.
+    Values are compared in bfloat16, so a base has one fingerprint in float32 and in bfloat16. Of quantised parameters
+    names and shapes are compared: their values differ a little by the machine that quantised them.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(base.named_parameters(), key=lambda item: item[0].replace(".base_layer.", ".")):
         if ".lora_" in name:  # PEFT's, on the base and not of it
             continue
         name = name.replace(".base_layer.", ".")
-        flat = parameter.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
+        flat = whole(parameter.detach()).reshape(-1)
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        if parameter.is_floating_point():
+            sample = flat[:: max(1, flat.numel() // 16)][:16].to("cpu", torch.bfloat16).float()
+            digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every process holds a shard, put together (they all have to ask); any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def write(directory: str | Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -6,6 +6,8 @@ import signal
 import threading
 from typing import Any
 
+from . import processes
+
 
 class Interrupt:
     """While entered, the first Ctrl-C only sets `asked`, and the second raises KeyboardInterrupt."""
@@ -29,6 +31,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if not processes.first():
+            return
         # Not print: the signal may have come in the middle of one.
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")

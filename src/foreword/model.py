@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from . import files
 from .attention import Kernel
-from .bases import load_base
+from .bases import base_of, quantisation
 from .dynamic import Dynamic, make_dynamic, pool
 from .errors import InputError
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
@@ -52,6 +52,7 @@ class PrefixModel(nn.Module):
     def __init__(self, base: PreTrainedModel, tokenizer: Any = None, kernel: Kernel = "auto") -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.fingerprint = files.fingerprint(base)  # of the bare base, whatever is put on it or merged into it later
         self.tokenizer = tokenizer
         self.kernel = kernel
         self.sites = find_sites(base)
@@ -62,7 +63,6 @@ class PrefixModel(nn.Module):
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
         self._padded = False
-        self.fingerprint = files.fingerprint(base)  # of the bare base, whatever is put on it or merged into it later
         self.parts = nn.ModuleDict()  # what `foreword.combine` puts on the base, and its settings
         self.combined: dict[str, Any] = {}
         self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # of caches, for dynamic prefixes
@@ -361,8 +361,9 @@ class PrefixModel(nn.Module):
             "base": {
                 "id": self.base_id,
                 "fingerprint": self.fingerprint,
-                "model": type(self.base).__name__,
-                "parameters": sum(p.numel() for p in self.base.parameters()),
+                "model": type(self.base).__name__.removeprefix("FSDP"),  # a sharded module's class is a made one
+                "parameters": self.base.num_parameters(),
+                "quantisation": quantisation(self.base),
                 "shared_layers": getattr(self.config.get_text_config(), "num_kv_shared_layers", 0) or 0,
             },
             "prefix": {**config.to_dict(), "start": config.chosen_start, "parameters": self.count(name)},
@@ -411,7 +412,7 @@ class PrefixModel(nn.Module):
         """A saved prefix on its base, which is loaded by the id in the file unless it is given."""
         header = files.read_header(directory)
         if base is None:
-            base, tokenizer = load_base(header["base"]["id"])
+            base, tokenizer = base_of(header)
         model = cls(base, tokenizer, **kwargs)
         model.load(directory)
         return model
@@ -433,6 +434,11 @@ class PrefixModel(nn.Module):
     def kind(self) -> str:
         """`decoder`, `encoder` or `encoder-decoder`."""
         return "encoder-decoder" if self.config.is_encoder_decoder else self.sites[0].kind
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes hold the base's weights together."""
+        return bool(getattr(self.base, "is_distributed_loading_by_transformers", False))
 
     @property
     def base_id(self) -> str:

@@ -39,7 +39,7 @@ class ProgressReport(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         done = state.global_step - self._first_step
         pace = done / max(time.monotonic() - self._began, 1e-9)  # steps per second, validation left out
-        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        rows = args.train_batch_size * args.gradient_accumulation_steps  # of all processes
         left = timedelta(seconds=round((state.max_steps - state.global_step) / pace))
         self._facts |= {"rows": f"{pace * rows:.1f} rows/s", "left": f"{left} left"}
         last = state.global_step >= state.max_steps

@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import set_seed
 
+from . import processes
 from .bases import load_base
 from .config import TrainConfig, check_output, claim, unfinished_config, write_json
 from .data import Data, load_data
@@ -51,13 +52,18 @@ Say = Callable[[str], None]
 def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: None) -> TrainResult:
     """Run `config` from data to a saved prefix; with `resume`, go on from the last checkpoint in its output.
 
-    `say` gets a line of news now and then. Raises InputError for what was given wrong, RunError when the run itself
+    `say` gets a line of news now and then, in the first of several processes. Raises InputError for what was given wrong, RunError when the run itself
     fails (a loss that is not a number, an interrupt, a full disk); the state of an interrupted run is kept.
     """
     began = time.monotonic()
     config.check()
     running = config.output / "training"
-    check_output(config, resume)
+    processes.join()
+    if processes.first():
+        check_output(config, resume)
+    else:
+        say = _silent
+    processes.wait()  # until the output is checked: from here on it fills
     data = _load(config)
     say(_describe_data(data))
     task = build(config, data)
@@ -69,7 +75,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     if cut:
         counts = ", ".join(f"{number} {name}" for name, number in cut.items())
         say(f"Texts cut to fit {config.max_length} tokens: {counts} rows.")
-    claim(config, running)
+    if processes.first():
+        claim(config, running)
+    processes.wait()
     trainer = _trainer(config, task, rows, validation)
     zero_shot = _zero_shot(config, task, data.test, running, say) if config.zero_shot else None
     output = trainer.train(resume_from_checkpoint=_last(running) if resume else None)
@@ -96,8 +104,11 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         "settings": {key: value for key, value in config.to_dict().items() if key != "output"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    task.save_pretrained(config.output, training=summary)
-    write_report(config.output, mistakes([row.text for row in data.test], [row.label for row in data.test], results))
+    if processes.first():
+        task.save_pretrained(config.output, training=summary)
+        wrong = mistakes([row.text for row in data.test], [row.label for row in data.test], results)
+        write_report(config.output, wrong)
+    processes.wait()
     return TrainResult(config.output, summary["test"], zero_shot, summary)
 
 
@@ -106,7 +117,8 @@ def build(config: TrainConfig, data: Data) -> PrefixTask:
     cls = task_class(config.task)
     options = config.task_options(cls.options)
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = PrefixModel(*load_base(config.model, dtype))
+    shards = processes.count() if config.shard else 1
+    model = PrefixModel(*load_base(config.model, dtype, quantise=config.quantise, shards=shards))
     prefix = config.prefix
     if prefix.instruction is None and prefix.start in (None, "instruction"):
         prefix = replace(prefix, instruction=cls.instruction(data))
@@ -158,8 +170,16 @@ def _encoded(task: PrefixTask, rows: Sequence[Row]) -> tuple[Rows, int]:
 
 
 def _predictions(config: TrainConfig, task: PrefixTask, rows: Sequence[Row], say: Say) -> list[dict[str, Any]]:
-    """What the active prefix makes of these rows."""
-    return task.predict([row.text for row in rows], config.batch_size, progress=_saying(say))
+    """What the active prefix makes of these rows.
+
+    Of several processes each takes some of them; with a sharded base all of them, since every layer that one runs has
+    to be run by all.
+    """
+    texts, progress = [row.text for row in rows], _saying(say)
+    if processes.count() == 1 or task.is_sharded:
+        return task.predict(texts, config.batch_size, progress=progress)
+    own = texts[processes.index() :: processes.count()]
+    return processes.interleaved(task.predict(own, config.batch_size, progress=progress) if own else [])
 
 
 def _saying(say: Say) -> Progress:
@@ -191,7 +211,8 @@ def _zero_shot(
         figures = task.report(test, _predictions(config, task, test, say))["metrics"]
     finally:
         task.model.activate(NAME)
-    write_json(kept, figures)
+    if processes.first():
+        write_json(kept, figures)
     return figures
 
 
@@ -215,6 +236,10 @@ def _load(config: TrainConfig) -> Data:
     return replace(data, validation=validation, test=test)
 
 
+def _silent(line: str) -> None:
+    """The news of a process that is not the first."""
+
+
 def _describe_data(data: Data) -> str:
     labels = f"; {len(data.labels)} labels" if data.labels else ""
     return (
@@ -224,7 +249,7 @@ def _describe_data(data: Data) -> str:
 
 
 def _describe_prefix(model: PrefixModel, form: str) -> str:
-    share = model.count() / sum(p.numel() for p in model.base.parameters())
+    share = model.count() / model.base.num_parameters()
     return (
         f"Prefix: {model.form(NAME).length} tokens, form {form}, {model.count():,} trained parameters "
         f"({share:.2%} of {model.base_id}'s)."

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from foreword import checkpoints
+from foreword import checkpoints, processes
 from foreword.arguments import training_arguments
 from foreword.batching import BucketSampler, Rows, longest_first, reordered, reordered_prediction
 from foreword.checkpoints import folder_of, is_complete, last_checkpoint
@@ -36,6 +37,7 @@ class PrefixTrainer(Trainer):
     - the best step by validation at the end, and early stopping after `patience` validations without one;
     - a clear RunError for a loss that is not a number, for Ctrl-C, and for a disk that is full;
     - an accumulated gradient that is the mean over all rows, also where the last batch is smaller;
+    - the same batches, gradients and figures on several processes as on one, each computing its share of the rows;
     - `head_learning_rate` for the parameters whose name contains "head".
     """
 
@@ -53,7 +55,15 @@ class PrefixTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError("Training with FSDP or DeepSpeed is not supported: use one process per GPU (DDP).")
+            raise InputError("accelerate would shard the prefix too: run without DeepSpeed, and shard with --shard.")
+        # Told afterwards: the constructor refuses checkpoints of sharded models, and ours hold nothing of the base.
+        # Trainer then averages the gradients of what is not sharded itself.
+        self.is_distributed_loading_by_transformers = _is_sharded(model)
+        # What is frozen is the same in every process, and stays so: DDP need not send it.
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        frozen += [name for name, _ in model.named_buffers()]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+        self._check_batch()
         self.model_accepts_loss_kwargs = False  # else a forward with **kwargs is asked to scale its loss
         self._run = Path(args.output_dir or ".")
         self.head_learning_rate = head_learning_rate
@@ -76,16 +86,28 @@ class PrefixTrainer(Trainer):
         RunError for a loss that is not a number, an interrupt, or a checkpoint that could not be written.
         """
         resume = self._starting_point(resume_from_checkpoint)
-        set_seed(self.args.seed)  # so that the run does not depend on what was drawn before it
+        # So that the run does not depend on what was drawn before it, nor dropout of rows on their process's others.
+        set_seed(self.args.seed + self.args.process_index)
         try:
             with self._interrupt:
                 output = super().train(resume)
-            if self._interrupt.asked:  # too late to stop the training, in time to stop what follows
+            if processes.anywhere(self._interrupt.asked):  # too late to stop the training, in time to stop what follows
                 raise KeyboardInterrupt
             return output
         finally:
             self._progress.close()
             self.is_in_train = False
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not _is_sharded(model):
+            super()._move_model_to_device(model, device)
+
+    def _check_batch(self) -> None:
+        if self.args.train_batch_size < self.args.world_size:
+            raise InputError(
+                f"A batch of {self.args.train_batch_size} cannot be shared by {self.args.world_size} processes; "
+                "raise the batch size, which counts the rows of all of them."
+            )
 
     def _starting_point(self, resume: str | bool | None) -> str | None:
         last = last_checkpoint(self._run)
@@ -110,6 +132,14 @@ class PrefixTrainer(Trainer):
 
     # ---- Data
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, but every process gets the whole batches; `compute_loss` takes its rows of them."""
+        loader = super()._get_dataloader(*args, **kwargs)
+        batches = loader.batch_sampler
+        if isinstance(batches, BatchSamplerShard):
+            batches.num_processes, batches.process_index, batches.even_batches = 1, 0, False
+        return loader
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         lengths = getattr(dataset, "lengths", None)
@@ -124,6 +154,8 @@ class PrefixTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's, with everything that it returns or gives to compute_metrics in the dataset's order."""
+        if self.args.world_size > 1:
+            self.gather_function = lambda value: value  # `compute_loss` has joined all rows
         order, metrics = longest_first(dataloader.dataset), self.compute_metrics
         if order is None or self.args.batch_eval_metrics:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -140,11 +172,8 @@ class PrefixTrainer(Trainer):
     # ---- One step
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int:
-        """Rows (or what the model counts) of an accumulated batch, over all processes."""
-        items = sum(self._items(batch) for batch in batch_samples)
-        if self.args.world_size > 1:
-            items = int(self.accelerator.gather(torch.tensor([items], device=device)).sum())
-        return items
+        """Rows (or what the model counts) of an accumulated batch, of all processes."""
+        return sum(self._items(batch) for batch in batch_samples)
 
     def _items(self, batch: Any) -> int:
         count = getattr(self.model, "items", None)
@@ -153,11 +182,21 @@ class PrefixTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The model's mean loss; in training its share of the mean over the items of the accumulated batch."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        """The model's mean loss; in training its share of the mean over the items of the accumulated batch.
+
+        Of several processes each computes its rows. In training it returns its own part, else what they made together.
+        """
+        rows = find_batch_size(inputs) or 0
+        own, some = (inputs, True) if self.args.world_size == 1 else processes.share(inputs, rows)
+        loss, outputs = super().compute_loss(model, own, return_outputs=True)
+        items = self._items(own) if some else 0
         if model.training and num_items_in_batch:
-            # DDP averages over the processes, hence the world size.
-            loss = loss * (self._items(inputs) * self.args.world_size / num_items_in_batch)
+            # The average is taken over the processes, hence the world size.
+            loss = loss * (items * self.args.world_size / num_items_in_batch)
+        elif not model.training and self.args.world_size > 1:
+            loss = processes.total(loss.detach() * items) / self._items(inputs)
+            shared = {k: v for k, v in outputs.items() if isinstance(v, torch.Tensor) and v.dim()}
+            outputs = {**outputs, **{name: processes.joined(value, rows) for name, value in shared.items()}}
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -181,7 +220,7 @@ class PrefixTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         # Under a float16 gradient scaler infinite gradients are normal: it skips the step.
         probe = self._tr_loss if self.accelerator.scaler is not None else self._tr_loss + norm
-        if not bool(torch.isfinite(torch.as_tensor(probe))):
+        if processes.anywhere(not bool(torch.isfinite(torch.as_tensor(probe)))):
             self._raise_not_finite()
         return norm
 
@@ -217,7 +256,7 @@ class PrefixTrainer(Trainer):
         self._raise_if_interrupted()
 
     def _raise_if_interrupted(self) -> None:
-        if self._interrupt.asked:
+        if processes.anywhere(self._interrupt.asked):
             self._save_checkpoint(self.model, None)
             at = f"interrupted at step {self.state.global_step}"
             raise RunError(f"{at}; the state is saved; run again with --resume to go on")
@@ -305,5 +344,13 @@ class PrefixTrainer(Trainer):
         """Done with the optimizer."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            checkpoints.read_rng(Path(checkpoint), self._rng_name())
+        if checkpoint is None:
+            return
+        if not (Path(checkpoint) / f"{self._rng_name()}.json").is_file():
+            raise InputError(f"{checkpoint} was written by another number of processes; resume with as many.")
+        checkpoints.read_rng(Path(checkpoint), self._rng_name())
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether several processes hold the model's frozen weights together."""
+    return getattr(model, "is_sharded", False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 
 import typer
 
+from .. import processes
 from ..errors import ForewordError
 from . import eval as eval_command
 from . import export, generate, import_, inspect, predict, serve, train
@@ -36,12 +36,14 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once; a third less peak memory in training
     try:
         app()
+    except SystemExit as end:  # typer's own, of success too
+        processes.leave(end.code if isinstance(end.code, int) else 0)
     except ForewordError as error:
-        print(f"foreword: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        processes.complain(str(error))
+        processes.leave(error.exit_code)
     except KeyboardInterrupt:
-        print("foreword: interrupted.", file=sys.stderr)
-        sys.exit(1)
+        processes.complain("interrupted.")
+        processes.leave(1)
     except OSError as error:
-        print(f"foreword: {error.filename or 'a file'}: {error.strerror or error}.", file=sys.stderr)
-        sys.exit(1)
+        processes.complain(f"{error.filename or 'a file'}: {error.strerror or error}.")
+        processes.leave(1)

@@ -54,13 +54,17 @@ def command(
     test_rows: Annotated[int | None, typer.Option(help="Test on so many rows.")] = None,
     epochs: Annotated[float, typer.Option()] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    batch_size: Annotated[int, typer.Option()] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows of a step, of all processes together.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="By default that of the form.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many validations without a better one.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints and validations.")] = None,
     gradient_accumulation: Annotated[int, typer.Option()] = 1,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     dtype: Annotated[str, typer.Option(help="Of the base: auto, float32 or bfloat16.")] = "auto",
+    quantise: Annotated[str | None, typer.Option(help="The base to 4bit or 8bit, by bitsandbytes.")] = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Split the base's weights over the processes of torchrun (FSDP2).")
+    ] = False,
     zero_shot: Annotated[bool, typer.Option(help="Also test the base without a prefix.")] = True,
     report_to: Annotated[str, typer.Option(help="A tracker of transformers: tensorboard, wandb, ...")] = "none",
     seed: Annotated[int, typer.Option(help="The same seed gives the same prefix.")] = 0,
@@ -71,6 +75,7 @@ def command(
 
     Example: foreword train --data fancyzhx/ag_news --length 32 --output runs/ag_news
     """
+    from .. import processes
     from ..errors import InputError
     from ..forms import PrefixConfig
     from ..train import TrainConfig, train, unfinished_config
@@ -113,6 +118,8 @@ def command(
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
         dtype=dtype,  # type: ignore[arg-type]
+        quantise=quantise,  # type: ignore[arg-type]
+        shard=shard or processes.sharding_asked(),
         zero_shot=zero_shot,
         report_to=report_to,
         seed=seed,
@@ -121,6 +128,8 @@ def command(
     if unfinished is not None and not _given(context):
         config = unfinished
     result = train(config, resume=resume, say=show.news)
+    if not processes.first():
+        return
     if as_json:
         show.json(result.summary)
     else:

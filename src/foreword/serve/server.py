@@ -12,7 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from .. import files
-from ..bases import load_base
+from ..bases import base_of
 from ..errors import InputError
 from ..model import PrefixModel
 from ..sites import vocabulary_size
@@ -52,8 +52,9 @@ def build(config: ServeConfig, say: Callable[[str], None]) -> FastAPI:
     """The application, base loaded and folder read; what cannot be served is said. Raises InputError."""
     if config.prefixes is not None and not config.prefixes.is_dir():
         raise InputError(f"{config.prefixes} is no folder; give one that holds prefixes.")
-    source = config.model or _base_of_first(config)
-    model = PrefixModel(*load_base(source))
+    made_for = {"base": {"id": config.model}} if config.model else _header_of_first(config)
+    source = made_for["base"]["id"]
+    model = PrefixModel(*base_of(made_for))
     model.eval()
     name, metrics = _name_of(source), Metrics()
     library = Library(
@@ -92,13 +93,13 @@ def run(config: ServeConfig, say: Callable[[str], None]) -> None:
     )
 
 
-def _base_of_first(config: ServeConfig) -> str:
-    """The base that the prefixes name; where one names none, the next is asked."""
+def _header_of_first(config: ServeConfig) -> dict[str, Any]:
+    """The header of a prefix, which names its base; where one names none, the next is asked."""
     places = [*config.directories, *(sorted(config.prefixes.iterdir()) if config.prefixes else [])]
     for place in places:
         if place.is_dir():
             try:
-                return files.read_header(place)["base"]["id"]
+                return files.read_header(place)
             except InputError:
                 continue
     raise InputError("there is no prefix to serve; give a saved prefix, a folder of them, or a base by --model.")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data import Data
 from ..errors import InputError
+from ..files import whole
 from ..model import ACTIVE, PrefixModel
 from ..schemas import CLASSIFY, Row, label_names
 from . import metrics
@@ -114,8 +115,8 @@ class PrefixClassifier(PrefixTask):
         base: Any = self.model.base
         output = base.get_output_embeddings()
         words = self.word_ids.to(output.weight.device)
-        weight = output.weight[words]
-        bias = output.bias[words] if getattr(output, "bias", None) is not None else None
+        weight = whole(output.weight)[words]
+        bias = whole(output.bias)[words] if getattr(output, "bias", None) is not None else None
         final = getattr(base, "final_logits_bias", None)
         inputs, starts = self.base_inputs(ids, mask, prefix)
         place = starts + self.position(ids, mask)

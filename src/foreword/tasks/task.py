@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
-from ..bases import load_base
+from ..bases import base_of
 from ..data import Data
 from ..errors import InputError
 from ..model import ACTIVE, PrefixModel
@@ -239,6 +239,11 @@ class PrefixTask(nn.Module):
         assert self.head is not None
         return self.head(hidden.to(self.head.weight.dtype)).float()
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether several processes hold the base's weights together; transformers' Trainer must not move them."""
+        return self.model.is_sharded
+
     # ---- files
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -260,7 +265,7 @@ class PrefixTask(nn.Module):
         saved = header.get("task")
         if not saved or saved["task"] != cls.name:
             raise InputError(f"{directory} holds no prefix of the task {cls.name}.")
-        model = model or PrefixModel(*load_base(header["base"]["id"]))
+        model = model or PrefixModel(*base_of(header))
         model.load(directory, name)
         task = cls(model, cls.settings_class.from_dict(saved))
         if task.head is not None:

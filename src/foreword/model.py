@@ -52,7 +52,8 @@ class PrefixModel(nn.Module):
     def __init__(self, base: PreTrainedModel, tokenizer: Any = None, kernel: Kernel = "auto") -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.fingerprint = files.fingerprint(base)  # of the bare base, whatever is put on it or merged into it later
+        # Of the bare base, whatever is put on it or merged into it later.
+        self.fingerprint, self.base_parameters = files.fingerprint(base), base.num_parameters()
         self.tokenizer = tokenizer
         self.kernel = kernel
         self.sites = find_sites(base)
@@ -362,7 +363,7 @@ class PrefixModel(nn.Module):
                 "id": self.base_id,
                 "fingerprint": self.fingerprint,
                 "model": type(self.base).__name__.removeprefix("FSDP"),  # a sharded module's class is a made one
-                "parameters": self.base.num_parameters(),
+                "parameters": self.base_parameters,
                 "quantisation": quantisation(self.base),
                 "shared_layers": getattr(self.config.get_text_config(), "num_kv_shared_layers", 0) or 0,
             },

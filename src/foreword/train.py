@@ -249,7 +249,7 @@ def _describe_data(data: Data) -> str:
 
 
 def _describe_prefix(model: PrefixModel, form: str) -> str:
-    share = model.count() / model.base.num_parameters()
+    share = model.count() / model.base_parameters
     return (
         f"Prefix: {model.form(NAME).length} tokens, form {form}, {model.count():,} trained parameters "
         f"({share:.2%} of {model.base_id}'s)."

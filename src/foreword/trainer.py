@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import recursively_apply
 from torch import nn
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ExportableState, ProgressCallback
@@ -155,7 +156,7 @@ class PrefixTrainer(Trainer):
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's, with everything that it returns or gives to compute_metrics in the dataset's order."""
         if self.args.world_size > 1:
-            self.gather_function = lambda value: value  # `compute_loss` has joined all rows
+            self.gather_function = self._of_rows
         order, metrics = longest_first(dataloader.dataset), self.compute_metrics
         if order is None or self.args.batch_eval_metrics:
             return super().evaluation_loop(dataloader, *args, **kwargs)
@@ -168,6 +169,12 @@ class PrefixTrainer(Trainer):
             self.compute_metrics = metrics
         predictions, labels = reordered(output.predictions, back), reordered(output.label_ids, back)
         return output._replace(predictions=predictions, label_ids=labels)
+
+    def _of_rows(self, value: Any) -> Any:
+        """What `compute_loss` joined, without what Trainer adds to a last batch that is not full."""
+        state = self.accelerator.gradient_state
+        rows = state.remainder if state.end_of_dataloader and state.remainder > 0 else None
+        return recursively_apply(lambda tensor: tensor[:rows], value)
 
     # ---- One step
 

@@ -123,7 +123,7 @@ class PrefixClassifier(PrefixTask):
 
         def at_place(hidden: Tensor) -> Tensor:  # [B, n, d] -> [B, 1, labels]
             # Two dimensions: a frozen layer over sliced hidden states would expand its weight for every row.
-            return nn.functional.linear(hidden.flatten(0, 1)[place].to(weight.dtype), weight, bias)[:, None]
+            return nn.functional.linear(hidden.flatten(0, 1)[place].to(weight.dtype), weight, bias)[:, None].clone()
 
         with output_layer(base, at_place, None if final is None else final[:, words]):
             return self.model(**inputs, prefix=prefix).logits[:, 0].float()

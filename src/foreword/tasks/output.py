@@ -47,7 +47,8 @@ def hidden_before_output(model: PrefixModel, inputs: dict[str, Tensor], prefix: 
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(hidden)
-        return hidden[:, -1:, :1]  # something small for what comes after the layer; nobody reads it
+        # Something small for what comes after the layer; nobody reads it. No view: a sharded base warns of them.
+        return hidden[:, -1:, :1].clone()
 
     with output_layer(model.base, keep):
         model(**inputs, prefix=prefix)

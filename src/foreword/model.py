@@ -78,6 +78,11 @@ class PrefixModel(nn.Module):
         config = replace(config or PrefixConfig(), **settings)
         if config.positions == "after" and not self.can_move_positions:
             raise InputError(f"{type(self.base).__name__} cannot move its positions; use positions='kept'.")
+        if self.is_sharded and config.form == "projected":
+            raise InputError(
+                "the form projected runs projections of the base by themselves, which a sharded base cannot; "
+                "use direct or mlp, or do not shard."
+            )
         form = make_dynamic(config, make_form(config, self.base, self.sites, self.tokenizer), self.base, self.sites)
         positions = config.positions or ("after" if self.can_move_positions else "kept")
         if config.window == "slides" and positions == "kept":

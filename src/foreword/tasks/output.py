@@ -65,7 +65,7 @@ class OutputLayer:
     def __init__(self, model: PrefixModel) -> None:
         base: Any = model.base
         config = base.config.get_text_config()
-        self.base = base
+        self.base, self.sharded = base, model.is_sharded
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self.factor: float = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self._check(model)
@@ -73,7 +73,10 @@ class OutputLayer:
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, vocabulary]` in float32 for `[N, d]`. Two dimensions on purpose: a frozen layer over sliced
         three-dimensional hidden states would expand its weight for every row."""
-        logits = self.base.get_output_embeddings()(hidden).float()
+        layer = self.base.get_output_embeddings()
+        # Calling a sharded layer runs FSDP's hooks, whose end of a backward pass frees weights that this step's still
+        # needs; after the base's forward the layer is whole.
+        logits = (layer.forward if self.sharded else layer)(hidden).float()
         bias = getattr(self.base, "final_logits_bias", None)
         logits = (logits if bias is None else logits + bias) * self.factor
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

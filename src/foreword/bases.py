@@ -116,6 +116,8 @@ def _sharding(auto: Any, config: Any, shards: int) -> dict[str, Any]:
     """What from_pretrained takes: a plan that names the layers of any family, beside the family's own."""
     if shards == 1:
         return {}
+    if config.is_encoder_decoder:
+        raise InputError("a base with an encoder and a decoder cannot be sharded; leave out --shard.")
     with torch.device("meta"):
         skeleton = auto.from_config(config)
     layers = set(skeleton._no_split_modules or ())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_ctrl_c_stops_both_and_resuming_ends_the_same(
         [*LAUNCH, *arguments(stopped, *longer)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
     )
     training = stopped.output / "training"
-    while not training.is_dir() or checkpoints.last_checkpoint(training) is None:
+    while not checkpoints.complete_checkpoints(training):
         assert process.poll() is None, process.stderr.read()  # type: ignore[union-attr]
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -158,15 +159,11 @@ def test_ctrl_c_stops_both_and_resuming_ends_the_same(
     found = sentences(stderr)
     assert len(found) == 1, stderr
     assert re.fullmatch(r"interrupted at step \d+; the state is saved; .*", found[0])
-    last = checkpoints.last_checkpoint(training)
-    assert last is not None
-    step = int(last.name.split("-")[1])
-    assert step < 540, "stopped before the end"
+    last = checkpoints.complete_checkpoints(training)[-1]
+    assert int(last.name.split("-")[1]) < 540, "stopped before the end"
     assert {p.name for p in last.iterdir()} >= {"rng-0.json", "rng-1.json"}
     resumed = launched("-m", "--", "foreword", "train", "--resume", "--output", str(stopped.output))
     assert resumed.returncode == 0, resumed.stderr
-    from dataclasses import replace
-
     train(replace(config, epochs=60))
     assert relative_difference(tmp_path / "one", tmp_path / "two", start_of(config)) < 1e-3
 

@@ -2,9 +2,16 @@
 
 
 class ForewordError(Exception):
-    """Base of foreword's errors. The command line prints the message alone and ends with `exit_code`."""
+    """Base of foreword's errors. The command line prints the message alone and ends with `exit_code`.
+
+    everywhere: of several processes all raise it, so that one has to say it.
+    """
 
     exit_code = 1
+
+    def __init__(self, sentence: str, *, everywhere: bool = False) -> None:
+        super().__init__(sentence)
+        self.everywhere = everywhere
 
 
 class InputError(ForewordError, ValueError):

@@ -121,12 +121,22 @@ def interleaved(own: Sequence[Any]) -> list[Any]:
     return [everything[i % count()][i // count()] for i in range(sum(map(len, everything)))]
 
 
-def complain(sentence: str) -> None:
-    """Say what went wrong, once: the others speak only when the first has not ended the run meanwhile."""
+def complain(sentence: str, everywhere: bool = False) -> None:
+    """Say what went wrong, once: a process that is not the first speaks only when its trouble is its own, which shows
+    when it went wrong not `everywhere` and the first has not ended the run meanwhile."""
     if not first():
-        time.sleep(SECONDS_FOR_THE_FIRST)
+        if everywhere:
+            return
+        let_the_first_speak()
         sentence = f"process {index()}: {sentence}"
     print(f"foreword: {sentence}", file=sys.stderr, flush=True)
+
+
+def let_the_first_speak() -> None:
+    """Give the first process the time to end the run, and this one with it, by an error that may be the cause of this
+    one's."""
+    if not first():
+        time.sleep(SECONDS_FOR_THE_FIRST)
 
 
 def leave(code: int) -> None:

@@ -239,7 +239,8 @@ class PrefixTrainer(Trainer):
             kept = f"the last good state is kept in {folder_of(self._run, step)}"
         raise RunError(
             f"The loss is not a finite number at step {step + 1}, and {kept}; "
-            f"use a lower learning rate than {self.args.learning_rate:g}."
+            f"use a lower learning rate than {self.args.learning_rate:g}.",
+            everywhere=True,
         )
 
     # ---- The loop
@@ -266,7 +267,7 @@ class PrefixTrainer(Trainer):
         if processes.anywhere(self._interrupt.asked):
             self._save_checkpoint(self.model, None)
             at = f"interrupted at step {self.state.global_step}"
-            raise RunError(f"{at}; the state is saved; run again with --resume to go on")
+            raise RunError(f"{at}; the state is saved; run again with --resume to go on", everywhere=True)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Trainer's, but of equal steps the later is the best, having seen more rows; each new best step is saved,

@@ -39,11 +39,14 @@ def main() -> None:
     except SystemExit as end:  # typer's own, of success too
         processes.leave(end.code if isinstance(end.code, int) else 0)
     except ForewordError as error:
-        processes.complain(str(error))
+        processes.complain(str(error), error.everywhere)
         processes.leave(error.exit_code)
     except KeyboardInterrupt:
-        processes.complain("interrupted.")
+        processes.complain("interrupted.", everywhere=True)
         processes.leave(1)
     except OSError as error:
         processes.complain(f"{error.filename or 'a file'}: {error.strerror or error}.")
         processes.leave(1)
+    except Exception:
+        processes.let_the_first_speak()
+        raise

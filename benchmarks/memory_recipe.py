@@ -6,8 +6,8 @@ On paper, per process, for a Llama of L layers, width d, H heads and H_kv key he
 
 - weights: parameters x bytes / processes where sharded, else parameters x bytes. Sharded, the layer that runs and the
   next one are whole as well, and so are the input and the output embeddings.
-- prefix: 2 L H_kv h P numbers, of each the start, the change, its gradient, two moments of AdamW, and three copies on
-  the way to the keys and values, in float32.
+- prefix: 2 L H_kv h P numbers, of each the start, the change, its gradient, two moments of AdamW, and the key or value
+  made of them with its gradient, in float32.
 - activations: frozen weights need no gradient, so a linear layer keeps nothing. What is kept of each token and layer is
   what is not linear: the queries, keys, values and outputs of attention, the gate, its activation and the up
   projection of the MLP, and the input of both norms in float32. With checkpointing a layer keeps its input alone, and
@@ -15,8 +15,8 @@ On paper, per process, for a Llama of L layers, width d, H heads and H_kv key he
 - work: what one layer makes and drops, at its largest three tensors of the MLP's width.
 
 What a loss over a vocabulary adds is bounded, and not counted: `generate` makes 64 MiB of logits at a time.
-Measured is the most that PyTorch's allocator has given out at a time in a step, above the loaded base and the made
-prefix, on a CPU in float32: what `torch.cuda.max_memory_allocated` tells on a GPU.
+Measured is the most that PyTorch's allocator has given out at a time in a step, above the loaded base, on a CPU in
+float32: what `torch.cuda.max_memory_allocated` tells on a GPU.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def on_paper(shape: Shape, step: Step) -> dict[str, float]:
     weights = shape.parameters * weight / step.processes
     if step.processes > 1:
         weights += (2 * shape.of_a_layer + shape.embeddings) * weight
-    prefix = 2 * shape.layers * shape.key_heads * shape.head * step.length * 8 * 4
+    prefix = 2 * shape.layers * shape.key_heads * shape.head * step.length * 7 * 4
     attention = 2 * (shape.heads + shape.key_heads) * shape.head
     kept = count * (size * (attention + 3 * shape.mlp) + 4 * 2 * shape.width)
     entering = count * size * shape.width
@@ -102,14 +102,21 @@ def on_paper(shape: Shape, step: Step) -> dict[str, float]:
 
 
 def measured(step: Step) -> dict[str, float]:
-    """MiB of the weights, and of the peak of a step above the loaded base and the made prefix."""
+    """MiB of the weights, and of the peak of a step above the loaded base."""
     base, tokenizer = foreword.load_base("smollm2-135m-instruct", torch.float32)
     model = foreword.PrefixModel(base, tokenizer)
     model.add("prefix", length=step.length, start="vocabulary")
     model.train()  # transformers checkpoints in training mode alone
     if step.checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-3)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # makes its moments
+    optimizer.zero_grad()
+    moments = [x for state in optimizer.state.values() for x in state.values()]
+    held = sum(x.nbytes for x in [*trained, *model.form("prefix").buffers(), *moments])
     ids = torch.randint(100, 40_000, (step.rows, step.tokens), generator=torch.Generator().manual_seed(0))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(input_ids=ids, logits_to_keep=1).logits.float().logsumexp(-1).sum().backward()
@@ -117,7 +124,7 @@ def measured(step: Step) -> dict[str, float]:
     events = profiler.profiler.kineto_results.events()
     allocated = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     peak = max(accumulate(change for _, change in allocated))
-    return {"weights": base.get_memory_footprint() / MIB, "step": peak / MIB}
+    return {"weights": base.get_memory_footprint() / MIB, "step": (peak + held) / MIB}
 
 
 def checked(step: Step) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""One of several processes under torchrun: train twice, the base whole and sharded, and count the rows computed here."""
+"""One of several processes under torchrun: train twice, the base whole and sharded, and count the rows computed."""
 
 from __future__ import annotations
 

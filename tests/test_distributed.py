@@ -1,4 +1,4 @@
-"""Two processes over gloo, really started by torchrun and accelerate: the same prefix as one process, and clean ends."""
+"""Two processes over gloo, started by torchrun and accelerate: the same prefix as one process, and clean ends."""
 
 from __future__ import annotations
 
@@ -175,9 +175,7 @@ def test_errors_are_said_once(tmp_path: Path, tiny_llama: Path, topics: Path) ->
     (config.output / "mine").touch()
     run = launched(*arguments(config))
     assert run.returncode != 0
-    assert sentences(run.stderr) == [
-        f"{config.output} exists and is not empty; use another output, or remove it."
-    ]
+    assert sentences(run.stderr) == [f"{config.output} exists and is not empty; use another output, or remove it."]
     run = launched(*arguments(settings(tmp_path / "nan", tiny_llama, topics), "--learning-rate", "1e38"))
     assert run.returncode != 0
     assert len(sentences(run.stderr)) == 1
@@ -189,6 +187,4 @@ def test_errors_are_said_once(tmp_path: Path, tiny_llama: Path, topics: Path) ->
     projected = [*arguments(settings(tmp_path / "p", tiny_llama, topics)), "--form", "projected", "--shard"]
     assert sentences(launched(*projected).stderr)[0].startswith("the form projected runs projections of the base")
     old = launched(*arguments(settings(tmp_path / "f", tiny_llama, topics)), ACCELERATE_USE_FSDP="true")
-    assert sentences(old.stderr) == [
-        "a base is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's configuration."
-    ]
+    assert sentences(old.stderr) == ["a base is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's settings."]

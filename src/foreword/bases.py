@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,8 @@ def _quantisation(quantise: str | dict[str, Any] | None, dtype: torch.dtype) -> 
         return {"quantization_config": quantise}
     if quantise not in QUANTISED:
         raise InputError(f"a base cannot be quantised to {quantise!r}; choose {' or '.join(QUANTISED)}.")
+    # Of every matrix product in float32 it would say that 8 bits are computed in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     computed = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")} if quantise == "4bit" else {}
     return {"quantization_config": {"quant_method": "bitsandbytes", **QUANTISED[quantise], **computed}}
 

@@ -62,11 +62,11 @@ def sharding_asked() -> bool:
     if not told("ACCELERATE_USE_FSDP"):
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise InputError("a base is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's configuration.")
+        raise InputError("a base is sharded by FSDP2 alone; set fsdp_version: 2 in accelerate's settings.")
     if told("FSDP_OFFLOAD_PARAMS"):
-        raise InputError("a sharded base is not offloaded; set fsdp_offload_params: false in accelerate's configuration.")
+        raise InputError("a sharded base is not offloaded; set fsdp_offload_params: false in accelerate's settings.")
     if told("FSDP_ACTIVATION_CHECKPOINTING"):
-        raise InputError("checkpointing is asked for by --gradient-checkpointing, not in accelerate's configuration.")
+        raise InputError("checkpointing is asked for by --gradient-checkpointing, not in accelerate's settings.")
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return True
 

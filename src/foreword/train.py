@@ -52,8 +52,9 @@ Say = Callable[[str], None]
 def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: None) -> TrainResult:
     """Run `config` from data to a saved prefix; with `resume`, go on from the last checkpoint in its output.
 
-    `say` gets a line of news now and then, in the first of several processes. Raises InputError for what was given wrong, RunError when the run itself
-    fails (a loss that is not a number, an interrupt, a full disk); the state of an interrupted run is kept.
+    `say` gets a line of news now and then, in the first of several processes. Raises InputError for what was given
+    wrong, RunError when the run itself fails (a loss that is not a number, an interrupt, a full disk); the state of an
+    interrupted run is kept.
     """
     began = time.monotonic()
     config.check()

@@ -4,8 +4,8 @@
 
 On paper, per process, for a Llama of L layers, width d, H heads and H_kv key heads of size h, and an MLP of width m:
 
-- weights: parameters x bytes / processes where sharded, else parameters x bytes. Sharded, the layer that runs and the
-  next one are whole as well, and so are the input and the output embeddings.
+- weights: parameters x bytes; in 4 bits those of the layers take 0.516 bytes, and the embeddings stay. Sharded: that
+  over the processes, and the layer that runs, the next one, and the embeddings are whole as well.
 - prefix: 2 L H_kv h P numbers, of each the start, the change, its gradient, two moments of AdamW, and the key or value
   made of them with its gradient, in float32.
 - activations: frozen weights need no gradient, so a linear layer keeps nothing. What is kept of each token and layer is
@@ -73,7 +73,8 @@ LARGE = (
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of one process: its rows x tokens, the prefix's length, bytes of a number, sharding."""
+    """A training step of one process: its rows x tokens, the prefix's length, bytes of a number and of a weight of the
+    layers (by default as many), and over how many processes the base is sharded."""
 
     rows: int
     tokens: int
@@ -88,9 +89,9 @@ def on_paper(shape: Shape, step: Step) -> dict[str, float]:
     """MiB by part."""
     size, count = step.bytes, step.rows * step.tokens
     weight = step.weight_bytes or size
-    weights = shape.parameters * weight / step.processes
-    if step.processes > 1:
-        weights += (2 * shape.of_a_layer + shape.embeddings) * weight
+    whole = shape.layers * shape.of_a_layer * weight + (shape.embeddings + shape.width) * size
+    gathered = (2 * shape.of_a_layer * weight + shape.embeddings * size) if step.processes > 1 else 0
+    weights = whole / step.processes + gathered
     prefix = 2 * shape.layers * shape.key_heads * shape.head * step.length * 7 * 4
     attention = 2 * (shape.heads + shape.key_heads) * shape.head
     kept = count * (size * (attention + 3 * shape.mlp) + 4 * 2 * shape.width)
@@ -144,18 +145,23 @@ def main() -> None:
         for rows, tokens, length in ((4, 128, 16), (1, 384, 128))
         for checkpointing in (False, True)
     ]
-    large = []
+    shapes = [{**asdict(shape), "parameters": shape.parameters} for shape in (SMOL, *LARGE)]
+    facts = {"commit": commit(), "hardware": hardware(), "torch": torch.__version__}
+    record = {"shapes": shapes, "checks": checks, "large": large(), **facts}
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def large() -> list[dict[str, object]]:
+    """Steps of the large models on paper."""
+    rows = []
     for shape in LARGE:
         for processes in (1, 2, 8):
             for checkpointing in (False, True):
                 step = Step(rows=1, tokens=2048, length=64, checkpointing=checkpointing, processes=processes)
-                large.append({"model": shape.name, **asdict(step), "paper": on_paper(shape, step)})
+                rows.append({"model": shape.name, **asdict(step), "paper": on_paper(shape, step)})
         four_bits = Step(rows=1, tokens=2048, length=64, checkpointing=True, weight_bytes=0.5 + 0.127 / 8)
-        large.append({"model": shape.name, **asdict(four_bits), "paper": on_paper(shape, four_bits)})
-    shapes = [{**asdict(shape), "parameters": shape.parameters} for shape in (SMOL, *LARGE)]
-    facts = {"commit": commit(), "hardware": hardware(), "torch": torch.__version__}
-    record = {"shapes": shapes, "checks": checks, "large": large, **facts}
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+        rows.append({"model": shape.name, **asdict(four_bits), "paper": on_paper(shape, four_bits)})
+    return rows
 
 
 if __name__ == "__main__":

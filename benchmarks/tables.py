@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/choosing.md, made from benchmarks/results and put between their markers.
+"""The tables of README.md, docs/choosing.md and docs/scaling.md, made from benchmarks/results and put in them.
 
 A page says where: `<!-- ag_news -->`, the table, `<!-- end of ag_news -->`; so for each name in `TABLES`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choosing.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/scaling.md")
 Record = dict[str, Any]
 
 
@@ -91,7 +91,35 @@ def described(settings: Record) -> str:
     return f"{ {'step': 'training step', 'memory': 'memory of training', 'generation': 'decoding'}[kind] }, {behind}"
 
 
-TABLES = {"ag_news": ag_news, "lengths": lengths, "compared": compared}
+def memory_checks() -> Iterator[str]:
+    """The memory of a step of SmolLM2 on paper beside what was measured."""
+    yield "| rows × tokens | prefix | checkpointing | paper, MiB | measured, MiB | paper / measured |"
+    yield "|---|---|---|---|---|---|"
+    for row in json.loads((RESULTS / "memory_recipe.json").read_text())["checks"]:
+        paper = row["paper"]["total"] - row["paper"]["weights"]
+        what = f"{row['rows']} × {row['tokens']} | {row['length']} | {'yes' if row['checkpointing'] else 'no'}"
+        yield f"| {what} | {paper:.0f} | {row['measured']['step']:.0f} | {row['step_paper_over_measured']:.2f} |"
+
+
+def memory_of_large() -> Iterator[str]:
+    """The memory of a step of a 7B and a 70B on paper, GiB per GPU."""
+    yield "| model | GPUs | checkpointing | weights | prefix | activations | in all, GiB per GPU |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in json.loads((RESULTS / "memory_recipe.json").read_text())["large"]:
+        paper = {name: mib / 1024 for name, mib in row["paper"].items()}
+        how = ", sharded" if row["processes"] > 1 else ", 4 bits" if row["weight_bytes"] else ""
+        parts = f"{paper['weights']:.1f} | {paper['prefix']:.2f} | {paper['activations'] + paper['work']:.1f}"
+        checkpointing = "yes" if row["checkpointing"] else "no"
+        yield f"| {row['model']} | {row['processes']}{how} | {checkpointing} | {parts} | {paper['total']:.1f} |"
+
+
+TABLES = {
+    "ag_news": ag_news,
+    "lengths": lengths,
+    "compared": compared,
+    "memory_checks": memory_checks,
+    "memory_of_large": memory_of_large,
+}
 
 
 def filled(page: str) -> str:

@@ -9,9 +9,9 @@ On paper, per process, for a Llama of L layers, width d, H heads and H_kv key he
 - prefix: 2 L H_kv h P numbers, of each the start, the change, its gradient, two moments of AdamW, and the key or value
   made of them with its gradient, in float32.
 - activations: frozen weights need no gradient, so a linear layer keeps nothing. What is kept of each token and layer is
-  what is not linear: the queries, keys, values and outputs of attention, the gate, its activation and the up
-  projection of the MLP, and the input of both norms in float32. With checkpointing a layer keeps its input alone, and
-  one layer at a time what it would keep otherwise.
+  what is not linear: the queries, keys, values and outputs of attention, the gate and the up projection of the MLP (the
+  activation is computed again), and the input of both norms in float32. With checkpointing a layer keeps its input
+  alone, and one layer at a time what it would keep otherwise, and its activation.
 - work: what one layer makes and drops, at its largest three tensors of the MLP's width.
 
 What a loss over a vocabulary adds is bounded, and not counted: `generate` makes 64 MiB of logits at a time.
@@ -94,9 +94,11 @@ def on_paper(shape: Shape, step: Step) -> dict[str, float]:
     weights = whole / step.processes + gathered
     prefix = 2 * shape.layers * shape.key_heads * shape.head * step.length * 7 * 4
     attention = 2 * (shape.heads + shape.key_heads) * shape.head
-    kept = count * (size * (attention + 3 * shape.mlp) + 4 * 2 * shape.width)
+    kept = count * (size * (attention + 2 * shape.mlp) + 4 * 2 * shape.width)
     entering = count * size * shape.width
-    activations = shape.layers * entering + kept if step.checkpointing else shape.layers * kept
+    activations = (
+        shape.layers * entering + kept + count * size * shape.mlp if step.checkpointing else shape.layers * kept
+    )
     work = count * 3 * shape.mlp * size
     parts = {"weights": weights, "prefix": prefix, "activations": activations, "work": work}
     return {name: value / MIB for name, value in {**parts, "total": sum(parts.values())}.items()}

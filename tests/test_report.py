@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from foreword import InputError, PrefixConfig, PrefixModel, RunError, TrainConfig, files, load_base, pages
-from foreword.report import mistakes, validations, write_report
+from foreword.progress import validations
+from foreword.report import mistakes, write_report
 from foreword.train import train
 
 

@@ -90,7 +90,7 @@ def toy_arguments(folder: Path, **changes: Any) -> Any:
 
 def toy_trainer(folder: Path, model: Toy | None = None, **changes: Any) -> PrefixTrainer:
     """90 rows, micro-batches of 4, 2 a step: 12 steps an epoch, the last of one and a half micro-batches."""
-    names = ("patience", "head_learning_rate", "train_dataset", "callbacks")
+    names = ("patience", "head_learning_rate", "heading", "train_dataset", "callbacks")
     own = {name: changes.pop(name) for name in names if name in changes}
     given = {"train_dataset": toy_rows(), "eval_dataset": toy_rows(20, 1), "compute_metrics": accuracy}
     return PrefixTrainer(model or Toy(), toy_arguments(folder, **changes), **(given | own))
@@ -493,16 +493,27 @@ def test_progress_lines_where_stderr_is_no_terminal(tmp_path: Path, capfd: Any) 
     assert re.search(r"validation accuracy [\d.]+", err)
 
 
-def test_progress_bar_on_a_terminal(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_lines_on_a_terminal_that_cannot_move_its_cursor(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "200")
-    trainer = toy_trainer(tmp_path, max_steps=10)
-    trainer.train()
-    trainer.predict(toy_rows(20))
+    monkeypatch.setenv("TERM", "dumb")
+    toy_trainer(tmp_path, max_steps=10, heading="trial 3").train()
     err = capfd.readouterr().err
-    assert "10/10" in err and "rows/s" in err and "validation" in err
-    assert trainer._progress._live is None
+    assert "trial 3: training 10/10  loss" in err and "\x1b" not in err
+
+
+def test_prediction_alone_shows_a_panel_and_ends_it(
+    tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    trainer = toy_trainer(tmp_path)
+    trainer.predict(toy_rows(20))
+    assert "validation" in capfd.readouterr().err
+    assert trainer._progress._panel is None
 
 
 def test_long_validation_shows_progress(tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from foreword.errors import InputError
 
@@ -77,3 +79,12 @@ def training_arguments(
     # does not need, as it saves each new best step.
     args.load_best_model_at_end = eval_steps is not None
     return args
+
+
+def check_tracker(name: str) -> None:
+    """Raise InputError for a tracker that transformers does not know, or whose package is not installed."""
+    if name not in (*INTEGRATION_TO_CALLBACK, "none", "all"):
+        raise InputError(f"report_to {name!r} is unknown; choose one of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+    # transformers does not list flyte among what is available, installed or not.
+    if name not in (*get_available_reporting_integrations(), "flyte", "none", "all"):
+        raise InputError(f"report_to {name!r} needs a package that is not here: pip install {name}, or leave it out.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import defaults, processes
+from .arguments import check_tracker
 from .errors import InputError, RunError
 from .forms import PrefixConfig
 
@@ -34,6 +35,7 @@ class TrainConfig:
     quantise: the base, by bitsandbytes. shard: its weights over the processes (FSDP2).
     validation_rows, test_rows: how many rows to validate and test on, all by default.
     save_steps: steps between checkpoints and validations; by default a quarter of an epoch.
+    report_to: a tracker of transformers. What `tensorboard` logs stays in the output's folder `tensorboard`.
     """
 
     output: Path
@@ -101,6 +103,7 @@ class TrainConfig:
                 raise InputError(f"{name} must be above 0, not {value}.")
         if self.shard and processes.count() == 1:
             raise InputError("there is one process, and nothing to shard the base over; start several with torchrun.")
+        check_tracker(self.report_to)
 
 
 # ---- what a run leaves behind while it runs

@@ -29,6 +29,7 @@ from .kv import KVPrefix, SiteKV
 
 FORMAT = 1
 HEADER, TENSORS, CARD = "prefix.json", "prefix.safetensors", "README.md"
+LOGS = "tensorboard"  # what was logged of the run; it stays when the finished prefix takes the run's place
 REQUIRED = ("format", "base", "prefix", "sites", "digest")
 
 
@@ -96,6 +97,8 @@ def _replace(beside: Path, target: Path) -> None:
         beside.rename(target)
         return
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if (target / LOGS).is_dir():
+        shutil.copytree(target / LOGS, beside / LOGS)
     target.rename(old)
     try:
         beside.rename(target)

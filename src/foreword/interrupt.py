@@ -4,16 +4,23 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from . import processes
 
+NOTICE = "stopping after this step; Ctrl-C again stops at once"
+
 
 class Interrupt:
-    """While entered, the first Ctrl-C only sets `asked`, and the second raises KeyboardInterrupt."""
+    """While entered, the first Ctrl-C only sets `asked`, and the second raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    notice: shows a sentence, or returns False where it cannot; then stderr has it.
+    """
+
+    def __init__(self, notice: Callable[[str], bool]) -> None:
         self.asked = False
+        self._notice = notice
         self._before: Any = None
 
     def __enter__(self) -> None:
@@ -31,8 +38,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        if not processes.first():
-            return
-        # Not print: the signal may have come in the middle of one.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        if processes.first() and not self._notice(NOTICE):
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{NOTICE}\n".encode())

@@ -42,17 +42,6 @@ def mistakes(
     ]
 
 
-def validations(history: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
-    """Step and figures of each validation, from the log that transformers' Trainer keeps."""
-    clock = ("runtime", "per_second", "time")
-    return [
-        {"step": entry["step"]}
-        | {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_") and not k.endswith(clock)}
-        for entry in history
-        if "eval_loss" in entry
-    ]
-
-
 def write_report(directory: str | Path, wrong: Sequence[dict[str, Any]] | None = None) -> Path:
     """Write report.html into a saved prefix's directory; `wrong` is what `mistakes` found, None to leave it out.
 

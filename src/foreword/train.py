@@ -16,13 +16,15 @@ from typing import Any
 import torch
 import transformers
 from transformers import set_seed
+from transformers.integrations import TensorBoardCallback
 
-from . import processes
+from . import files, processes
 from .bases import load_base
 from .config import TrainConfig, check_output, claim, unfinished_config, write_json
 from .data import Data, load_data
 from .model import PrefixModel
-from .report import mistakes, validations, write_report
+from .progress import validations
+from .report import mistakes, write_report
 from .schemas import Row
 from .splits import some_rows
 from .tasks import task_class
@@ -152,7 +154,7 @@ def _trainer(config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows
         report_to=config.report_to,
         metric="loss",
     )
-    return PrefixTrainer(
+    trainer = PrefixTrainer(
         task,
         args,
         patience=config.patience,
@@ -162,6 +164,11 @@ def _trainer(config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows
         data_collator=task.collate,
         compute_metrics=task.compute_metrics,
     )
+    for callback in trainer.callback_handler.callbacks:
+        # Its own place would be within the checkpoints, which go when the run ends.
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(config.output / files.LOGS)
+    return trainer
 
 
 def _encoded(task: PrefixTask, rows: Sequence[Row]) -> tuple[Rows, int]:

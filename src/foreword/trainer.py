@@ -39,7 +39,8 @@ class PrefixTrainer(Trainer):
     - a clear RunError for a loss that is not a number, for Ctrl-C, and for a disk that is full;
     - an accumulated gradient that is the mean over all rows, also where the last batch is smaller;
     - the same batches, gradients and figures on several processes as on one, each computing its share of the rows;
-    - `head_learning_rate` for the parameters whose name contains "head".
+    - `head_learning_rate` for the parameters whose name contains "head";
+    - a live panel, or lines, of how far it is, with `heading` before it.
     """
 
     model: Any
@@ -52,6 +53,7 @@ class PrefixTrainer(Trainer):
         *,
         patience: int | None = None,
         head_learning_rate: float | None = None,
+        heading: str = "",
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
@@ -69,8 +71,8 @@ class PrefixTrainer(Trainer):
         self._run = Path(args.output_dir or ".")
         self.head_learning_rate = head_learning_rate
         self._buckets: BucketSampler | None = None
-        self._interrupt = Interrupt()
-        self._progress = ProgressReport()
+        self._progress = ProgressReport(heading)
+        self._interrupt = Interrupt(self._progress.notice)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(self._progress)

@@ -103,6 +103,20 @@ def test_ctrl_c_is_answered_in_the_panel(tiny_llama: Path, topics: Path, tmp_pat
     assert final.splitlines()[-1].startswith("foreword: interrupted at step ")
 
 
+@pytest.mark.slow
+def test_a_search_shows_each_trial_s_panel_with_the_best_so_far(tiny_llama: Path, topics: Path, tmp_path: Path) -> None:
+    terminal = Terminal()
+    arguments = command(tiny_llama, topics, tmp_path / "s", "--trials", "2", "--epochs", "3", "--save-steps", "12")
+    arguments[arguments.index("train")] = "tune"
+    assert terminal.run(arguments) == 0
+    assert any("╭─ trial 1 of 2 ─" in screen for screen in terminal.screens)
+    second = r"╭─ trial 2 of 2, best validation loss 0\.\d+ ─[\s\S]*loss +\d\.\d+"
+    assert any(re.search(second, screen) for screen in terminal.screens)
+    before, after = terminal.text.split("Testing trial")
+    assert "╭" not in before and "Trial 0: direct, 36 tokens, instruction, all, 0.01: validation loss" in before
+    assert after.count("╭") == 1  # the winner's, which trains no further
+
+
 def test_a_curve_in_blocks() -> None:
     assert sparkline([3.0, 2.0, 1.0]) == "█▅▁" or sparkline([3.0, 2.0, 1.0]) == "█▄▁"
     assert sparkline([1.0]) == "▁" and sparkline([2.0, 2.0]) == "▁▁"

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 INK, LINE = "#010101", "#020202"
 SERIES = ("#030303", "#040404", "#050505", "#060606")
@@ -55,6 +55,33 @@ def lines(
     axes.set(xlabel=x, ylabel=y)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
+        axes.legend(loc="best", fontsize=8)
+    return _svg(figure, title)
+
+
+@matplotlib.rc_context(STYLE)
+def points(
+    title: str,
+    groups: Mapping[str, Sequence[tuple[Any, float]]],
+    x: str,
+    y: str,
+    log: bool = False,
+    line: Sequence[tuple[float, float]] = (),
+) -> Markup:
+    """Points (x, y), a colour per group; x are numbers, on a logarithmic axis where `log`, or names. `line` joins its
+    points in steps."""
+    figure, axes = _axes(title, 2.5)
+    for (name, found), color in zip(groups.items(), _colors(len(groups)), strict=True):
+        axes.scatter([at for at, _ in found], [value for _, value in found], color=color, s=16, label=name)
+    if line:
+        axes.plot(*zip(*line, strict=True), color=LINE, linewidth=1, drawstyle="steps-post")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=x, ylabel=y)
+    if len(groups) > 1:
         axes.legend(loc="best", fontsize=8)
     return _svg(figure, title)
 

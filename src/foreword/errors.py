@@ -1,4 +1,4 @@
-"""The two errors that foreword raises for people: each holds one sentence that says what is wrong and what to do."""
+"""The errors that foreword raises for people: each holds one sentence that says what is wrong and what to do."""
 
 
 class ForewordError(Exception):
@@ -22,3 +22,7 @@ class InputError(ForewordError, ValueError):
 
 class RunError(ForewordError, RuntimeError):
     """The input was right and the work failed: a loss that is not a number, a full disk, an interrupt. Exit code 1."""
+
+
+class DivergedError(RunError):
+    """Training came to a loss that is not a finite number."""

@@ -19,7 +19,8 @@ WIDTH = 24  # characters of a curve
 
 
 class LivePanel:
-    """One panel that is drawn anew four times a second until `close`, and then stays as it is."""
+    """One panel that is drawn anew four times a second until `close`, and then stays as it is; with a heading, as one
+    of several, it goes."""
 
     def __init__(self, console: Console, heading: str = "") -> None:
         self.heading, self.notice = heading, ""
@@ -27,7 +28,7 @@ class LivePanel:
         self._facts: Facts | None = None
         self._bars = Progress(TextColumn("{task.description}"), BarColumn(28), MofNCompleteColumn(), console=console)
         self._tasks: dict[str, TaskID] = {}
-        self._live = Live(get_renderable=self._draw, console=console, refresh_per_second=4)
+        self._live = Live(get_renderable=self._draw, console=console, transient=bool(heading))
         self._live.start()
 
     def show(self, what: str, done: int, total: int, facts: Facts) -> None:

@@ -48,7 +48,7 @@ class Facts:
 class ProgressReport(TrainerCallback):
     """Steps, loss, validation metric, learning rate, rows per second, estimated time left and memory.
 
-    heading: what stands before it all, where a run is one of several.
+    heading: what stands before it all, where a run is one of several; the panel then goes when the run ends.
     """
 
     def __init__(self, heading: str = "") -> None:

@@ -67,12 +67,12 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     else:
         say = _silent
     processes.wait()  # until the output is checked: from here on it fills
-    data = _load(config)
+    data = load_rows(config)
     say(_describe_data(data))
     task = build(config, data)
     say(_describe_prefix(task.model, config.prefix.form))
-    rows, train_cut = _encoded(task, data.train)
-    validation, validation_cut = _encoded(task, data.validation)
+    rows, train_cut = encoded(task, data.train)
+    validation, validation_cut = encoded(task, data.validation)
     cut = {"train": train_cut, "validation": validation_cut, "test": sum(task.examples(data.test)[1])}
     cut = {name: number for name, number in cut.items() if number}
     if cut:
@@ -81,9 +81,9 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     if processes.first():
         claim(config, running)
     processes.wait()
-    trainer = _trainer(config, task, rows, validation)
+    trainer = make_trainer(config, task, rows, validation)
     zero_shot = _zero_shot(config, task, data.test, running, say) if config.zero_shot else None
-    output = trainer.train(resume_from_checkpoint=_last(running) if resume else None)
+    trainer.train(resume_from_checkpoint=_last(running) if resume else None)
     say(f"Testing on {len(data.test)} rows.")
     results = _predictions(config, task, data.test, say)
     report = task.report(data.test, results)
@@ -101,8 +101,8 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "validations": validations(trainer.state.log_history),
         "seconds": {
-            "training": round(output.metrics["train_runtime"], 1),
-            "total": round(time.monotonic() - began, 1),
+            "training": round(trainer.seconds, 1),
+            "total": round(time.monotonic() - began + trainer.seconds - trainer.seconds_here, 1),
         },
         "settings": {key: value for key, value in config.to_dict().items() if key != "output"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -115,13 +115,16 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     return TrainResult(config.output, summary["test"], zero_shot, summary)
 
 
-def build(config: TrainConfig, data: Data) -> PrefixTask:
-    """The task that `config` trains, at its start."""
+def build(config: TrainConfig, data: Data, model: PrefixModel | None = None) -> PrefixTask:
+    """The task that `config` trains, at its start; on `model`, the base of an earlier run, where it is given."""
     cls = task_class(config.task)
     options = config.task_options(cls.options)
-    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    shards = processes.count() if config.shard else 1
-    model = PrefixModel(*load_base(config.model, dtype, quantise=config.quantise, shards=shards))
+    if model is None:
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        shards = processes.count() if config.shard else 1
+        model = PrefixModel(*load_base(config.model, dtype, quantise=config.quantise, shards=shards))
+    elif NAME in model.configs:
+        model.remove(NAME)
     prefix = config.prefix
     if prefix.instruction is None and prefix.start in (None, "instruction"):
         prefix = replace(prefix, instruction=cls.instruction(data))
@@ -132,7 +135,10 @@ def build(config: TrainConfig, data: Data) -> PrefixTask:
     return cls.for_data(model, data, **options)
 
 
-def _trainer(config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows) -> PrefixTrainer:
+def make_trainer(
+    config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows, logs: Path | None = None, **settings: Any
+) -> PrefixTrainer:
+    """The trainer of a run; `logs` is TensorBoard's folder, by default in the output; `settings` are PrefixTrainer's."""
     steps = -(-len(rows) // (config.batch_size * config.gradient_accumulation))
     every = config.save_steps or max(1, min(steps, config.max_steps or steps) // 4)
     args = training_arguments(
@@ -163,15 +169,16 @@ def _trainer(config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows
         eval_dataset=validation,
         data_collator=task.collate,
         compute_metrics=task.compute_metrics,
+        **settings,
     )
     for callback in trainer.callback_handler.callbacks:
         # Its own place would be within the checkpoints, which go when the run ends.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(config.output / files.LOGS)
+            callback.logging_dir = str(logs or config.output / files.LOGS)
     return trainer
 
 
-def _encoded(task: PrefixTask, rows: Sequence[Row]) -> tuple[Rows, int]:
+def encoded(task: PrefixTask, rows: Sequence[Row]) -> tuple[Rows, int]:
     """Examples of these rows, and how many rows were cut."""
     examples, cut = task.examples(rows)
     return Rows(examples, [len(example["input_ids"]) for example in examples]), sum(cut)
@@ -229,7 +236,7 @@ def _last(running: Path) -> str | None:
     return None if last is None else str(last)
 
 
-def _load(config: TrainConfig) -> Data:
+def load_rows(config: TrainConfig) -> Data:
     """The data, cut to the rows asked for; splits and cuts are the same for every seed of training."""
     schema = task_class(config.task).schema
     data = load_data(

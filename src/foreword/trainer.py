@@ -23,7 +23,8 @@ from foreword import checkpoints, processes
 from foreword.arguments import training_arguments
 from foreword.batching import BucketSampler, Rows, longest_first, reordered, reordered_prediction
 from foreword.checkpoints import folder_of, is_complete, last_checkpoint
-from foreword.errors import InputError, RunError
+from foreword.clock import Clock
+from foreword.errors import DivergedError, InputError, RunError
 from foreword.interrupt import Interrupt
 from foreword.progress import ProgressReport
 
@@ -76,6 +77,7 @@ class PrefixTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(self._progress)
+        self.add_callback(Clock())
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
         self._enable_gradient_checkpointing()
@@ -100,6 +102,25 @@ class PrefixTrainer(Trainer):
         finally:
             self._progress.close()
             self.is_in_train = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C asked the training to stop."""
+        return self._interrupt.asked
+
+    @property
+    def seconds(self) -> float:
+        """Of training and validation, over all the processes that the run took."""
+        return self._clock.seconds
+
+    @property
+    def seconds_here(self) -> float:
+        """Of them, those of this process."""
+        return self._clock.seconds_here
+
+    @property
+    def _clock(self) -> Clock:  # Trainer puts another in its place when a run is resumed
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, Clock))
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not _is_sharded(model):
@@ -239,7 +260,7 @@ class PrefixTrainer(Trainer):
         if step > 0:
             self._save_checkpoint(self.model, None)
             kept = f"the last good state is kept in {folder_of(self._run, step)}"
-        raise RunError(
+        raise DivergedError(
             f"The loss is not a finite number at step {step + 1}, and {kept}; "
             f"use a lower learning rate than {self.args.learning_rate:g}.",
             everywhere=True,

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..search import SearchResult
     from ..train import TrainResult
 
 UNSHOWN = {"macro_f1"}  # where it stands beside the weighted means
@@ -87,6 +88,34 @@ def trained(result: TrainResult) -> None:
         f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all. "
         f"Its page: {result.output / 'report.html'}"
     )
+
+
+def searched(result: SearchResult) -> None:
+    """Every trial, whether the defaults were beaten, and the winner's figures."""
+    summary, console = result.summary, Console()
+    trials, best = summary["trials"], summary["best"]
+    metric = next((name for name in ("accuracy", "f1", "pearson") if any(name in row for row in trials)), None)
+    table = Table(title="Trials, by validation loss", title_justify="left")
+    for name in ("trial", "form", "length", "start", "layers", "learning rate", "loss", *([metric] if metric else [])):
+        table.add_column(name, justify="left" if name in ("form", "start", "layers") else "right")
+    table.add_column("")
+    for row in trials:
+        figures = [f"{row[name]:.4f}" if name in row else "" for name in ("loss", *([metric] if metric else []))]
+        named = [str(row[name]) for name in ("trial", "form", "length", "start", "layers")]
+        state = "best" if row["trial"] == best else "" if row["state"] == "finished" else row["state"]
+        table.add_row(*named, f"{row['learning_rate']:.2g}", *figures, state, style="bold" if state == "best" else "")
+    console.print(table)
+    first, won = trials[0], next(row for row in trials if row["trial"] == best)
+    if won is first:
+        console.print("The defaults won: no trial had a lower validation loss.")
+    else:
+        before = f"{first['loss']:.4f}" if "loss" in first else "none: they diverged"
+        console.print(f"Trial {best} beat the defaults: validation loss {won['loss']:.4f}; theirs is {before}.")
+    if result.winner is not None:
+        trained(result.winner)
+    else:
+        console.print(_metrics_table("The best, tested before", {"prefix": summary["test"]}))
+    console.print(f"Every trial: {result.output / 'report.html'}")
 
 
 def _per_label(console: Console, rows: Sequence[dict[str, Any]] | None) -> None:

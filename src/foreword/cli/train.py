@@ -2,72 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .. import defaults
+from .options import given, with_training
 
 # What only names things, and may differ between a run and its resumption, is not compared.
-_UNCOMPARED = ("output", "resume", "as_json")
+UNCOMPARED = {"output", "resume", "as_json"}
 
 
+@with_training
 def command(
+    config: Any,
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Where the finished prefix goes.")],
-    model: Annotated[str, typer.Option(help="Hub id or folder of the base.")] = defaults.MODEL,
-    data: Annotated[
-        str, typer.Option(help="Hub id, a csv, tsv, jsonl or parquet file, or a folder of them.")
-    ] = defaults.DATA,
-    task: Annotated[str, typer.Option(help="classify, generate, regress, label or answer.")] = "classify",
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of the texts, or several with commas; found if not given.")
-    ] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels; found if not given.")] = None,
-    form: Annotated[str, typer.Option(help="direct, projected or mlp.")] = "direct",
-    length: Annotated[
-        int | None, typer.Option(help="Virtual tokens; by default the instruction's own length, else 16.")
-    ] = None,
-    start: Annotated[str | None, typer.Option(help="instruction, vocabulary or random.")] = None,
-    instruction: Annotated[
-        str | None, typer.Option(help="Text to start from; by default made from the label names.")
-    ] = None,
-    dynamic: Annotated[
-        str | None, typer.Option(help="low_rank, mixture or gates: each text changes its own prefix.")
-    ] = None,
-    sites: Annotated[
-        str | None, typer.Option(help="Kinds of attention to enter: encoder,decoder,cross; all if not given.")
-    ] = None,
-    head: Annotated[str, typer.Option(help="words, linear, or auto: words where every label has one.")] = "auto",
-    template: Annotated[str | None, typer.Option(help="What stands around {text}, {prompt}, ...")] = None,
-    label_word: Annotated[
-        list[str] | None, typer.Option(help="A label's word; once per label, in the labels' order.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of template and text; longer texts are cut.")] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="generate: the base's own chat template.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(help="generate: tokens of a completion.")] = 128,
-    beams: Annotated[int, typer.Option(help="generate: beam search over so many in the test.")] = 1,
-    stride: Annotated[int | None, typer.Option(help="answer: tokens that two windows share.")] = None,
-    train_rows: Annotated[int | None, typer.Option(help="Train on so many rows.")] = None,
-    validation_rows: Annotated[int | None, typer.Option(help="Validate on so many rows.")] = None,
-    test_rows: Annotated[int | None, typer.Option(help="Test on so many rows.")] = None,
-    epochs: Annotated[float, typer.Option()] = 1.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of a step, of all processes together.")] = 16,
-    learning_rate: Annotated[float | None, typer.Option(help="By default that of the form.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Stop after so many validations without a better one.")] = None,
-    save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints and validations.")] = None,
-    gradient_accumulation: Annotated[int, typer.Option()] = 1,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, float32 or bfloat16.")] = "auto",
-    quantise: Annotated[str | None, typer.Option(help="The base to 4bit or 8bit, by bitsandbytes.")] = None,
-    shard: Annotated[
-        bool, typer.Option("--shard", help="Split the base's weights over the processes of torchrun (FSDP2).")
-    ] = False,
-    zero_shot: Annotated[bool, typer.Option(help="Also test the base without a prefix.")] = True,
-    report_to: Annotated[str, typer.Option(help="A tracker of transformers: tensorboard, wandb, ...")] = "none",
-    seed: Annotated[int, typer.Option(help="The same seed gives the same prefix.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in --output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -75,57 +23,11 @@ def command(
 
     Example: foreword train --data fancyzhx/ag_news --length 32 --output runs/ag_news
     """
-    from .. import processes
-    from ..errors import InputError
-    from ..forms import PrefixConfig
-    from ..train import TrainConfig, train, unfinished_config
+    from ..train import train, unfinished_config
     from . import show
 
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"dtype {dtype!r} is unknown; choose auto, float32 or bfloat16.")
-    config = TrainConfig(
-        output=output,
-        model=model,
-        data=data,
-        task=task,
-        text_column=text_column,
-        label_column=label_column,
-        prefix=PrefixConfig(
-            form=form,  # type: ignore[arg-type]
-            length=length,
-            start=start,  # type: ignore[arg-type]
-            instruction=instruction,
-            dynamic=dynamic,  # type: ignore[arg-type]
-            sites=tuple(sites.split(",")) if sites is not None else None,  # type: ignore[arg-type]
-        ),
-        head=head,  # type: ignore[arg-type]
-        template=template,
-        label_words=tuple(label_word) if label_word else None,
-        max_length=max_length,
-        chat=chat,
-        max_new_tokens=max_new_tokens,
-        beams=beams,
-        stride=stride,
-        train_rows=train_rows,
-        validation_rows=validation_rows,
-        test_rows=test_rows,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        patience=patience,
-        save_steps=save_steps,
-        gradient_accumulation=gradient_accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        dtype=dtype,  # type: ignore[arg-type]
-        quantise=quantise,  # type: ignore[arg-type]
-        shard=shard or processes.sharding_asked(),
-        zero_shot=zero_shot,
-        report_to=report_to,
-        seed=seed,
-    )
-    unfinished = unfinished_config(output) if resume else None
-    if unfinished is not None and not _given(context):
+    unfinished = unfinished_config(config.output) if resume else None
+    if unfinished is not None and not set(given(context)) - UNCOMPARED:  # `--resume --output DIR` takes them all
         config = unfinished
     result = train(config, resume=resume, say=show.news)
     if not processes.first():
@@ -134,12 +36,3 @@ def command(
         show.json(result.summary)
     else:
         show.trained(result)
-
-
-def _given(context: typer.Context) -> list[str]:
-    """Settings named on the command line: `--resume --output DIR` alone takes them all from the unfinished run."""
-    return [
-        name
-        for name in context.params
-        if name not in _UNCOMPARED and context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
-    ]

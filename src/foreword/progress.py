@@ -195,7 +195,7 @@ def _metric(args: TrainingArguments, state: TrainerState) -> Metric | None:
         return None
     sign = 1 if args.greater_is_better else -1
     best = max(found, key=lambda entry: (sign * entry[name], entry["step"]))  # of equal ones the later: PrefixTrainer
-    others = [figure for figure in found[-1] if figure not in ("step", name)][:OTHER_FIGURES]
+    others = sorted(found[-1].keys() - {"step", name})[:OTHER_FIGURES]
     return Metric(
         name, found[-1][name], best[name], int(best["step"]), {figure: found[-1][figure] for figure in others}
     )

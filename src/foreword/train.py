@@ -138,7 +138,7 @@ def build(config: TrainConfig, data: Data, model: PrefixModel | None = None) -> 
 def make_trainer(
     config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows, logs: Path | None = None, **settings: Any
 ) -> PrefixTrainer:
-    """The trainer of a run; `logs` is TensorBoard's folder, by default in the output; `settings` are PrefixTrainer's."""
+    """The trainer of a run; `logs` is TensorBoard's folder, in the output by default, `settings` PrefixTrainer's."""
     steps = -(-len(rows) // (config.batch_size * config.gradient_accumulation))
     every = config.save_steps or max(1, min(steps, config.max_steps or steps) // 4)
     args = training_arguments(

@@ -104,7 +104,7 @@ def test_the_winner_is_what_a_plain_run_with_its_settings_gives(
 ) -> None:
     result, _ = searched
     row = next(row for row in result.summary["trials"] if row["trial"] == result.summary["best"])
-    layers = {"all": None, "lower half": (0,), "upper half": (1,)}[row["layers"]]
+    layers = {"all": None, "lower": (0,), "upper": (1,)}[row["layers"]]
     prefix = PrefixConfig(form=row["form"], length=row["length"], start=row["start"], layers=layers)
     plain = config(tiny_llama, topics, tmp_path / "p", prefix=prefix, learning_rate=row["learning_rate"]).train
     summary = train(plain).summary

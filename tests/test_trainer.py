@@ -321,6 +321,19 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path: Path) -> None:
     assert_same(trainable(model), trainable(first.model))
 
 
+def test_seconds_count_the_processes_before(tmp_path: Path) -> None:
+    first = toy_trainer(tmp_path, callbacks=[Slow(tmp_path), InterruptAt(10)])
+    with pytest.raises(RunError):
+        first.train()
+    second = toy_trainer(tmp_path)
+    second.train(resume_from_checkpoint=True)
+    assert second.seconds - second.seconds_here >= 10 * 0.02
+    assert 0 < second.seconds_here < second.seconds
+    at_the_end = second.seconds
+    time.sleep(0.01)
+    assert second.seconds == at_the_end
+
+
 def test_bad_starting_points_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no complete checkpoint"):
         toy_trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -72,7 +72,8 @@ def points(
     points in steps."""
     figure, axes = _axes(title, 2.5)
     for (name, found), color in zip(groups.items(), _colors(len(groups)), strict=True):
-        axes.scatter([at for at, _ in found], [value for _, value in found], color=color, s=16, label=name)
+        axes.scatter([at for at, _ in found], [value for _, value in found], color=color, s=22, label=name)
+    axes.margins(x=0.1)
     if line:
         axes.plot(*zip(*line, strict=True), color=LINE, linewidth=1, drawstyle="steps-post")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -13,22 +13,26 @@ from . import charts, pages
 
 NAME = "report.html"
 LOSS = "validation loss"
-LOGARITHMIC = ("length", "learning_rate")
+FIGURES = ("accuracy", "f1", "pearson")  # the first that a task has stands beside the loss
 
 
 def write_search(output: Path, summary: dict[str, Any]) -> Path:
     """Write the page of a search from what its trials.json holds. Raises RunError where it cannot be written."""
     trials = summary["trials"]
-    metrics = [name for name in ("accuracy", "f1", "pearson") if any(name in row for row in trials)]
     content = {
         "title": output.resolve().name,
         **summary,
         "defaults": trials[0],
-        "metrics": metrics,
+        "metric": figure_of(trials),
         "charts": [_history(trials), *(_slice(trials, name) for name in summary["over"])],
     }
     pages.write(output / NAME, "search.html", content)
     return output / NAME
+
+
+def figure_of(trials: Sequence[dict[str, Any]]) -> str | None:
+    """The figure that stands beside the loss in a table of trials, if the task has one."""
+    return next((name for name in FIGURES if any(name in row for row in trials)), None)
 
 
 def _history(trials: Sequence[dict[str, Any]]) -> Markup:
@@ -48,4 +52,5 @@ def _slice(trials: Sequence[dict[str, Any]], name: str) -> Markup:
     for row in trials:
         if row["state"] == "finished":
             groups.setdefault(row["form"], []).append((row[name], row["loss"]))
-    return charts.points(f"By {name.replace('_', ' ')}", groups, name.replace("_", " "), LOSS, log=name in LOGARITHMIC)
+    shown = name.replace("_", " ")
+    return charts.points(f"By {shown}", groups, shown, LOSS, log=name == "learning_rate")

@@ -3,7 +3,7 @@
     form           direct, projected, mlp
     length         4 to 64 virtual tokens, logarithmic; fewer where the base has no room for them
     start          instruction, vocabulary, random
-    layers         all, the lower half, the upper half
+    layers         all, the lower half of them, the upper half
     learning_rate  0.1 to 4 times the form's own, logarithmic, as the forms' own differ thirtyfold
 
 Each range is widened to hold the default.
@@ -25,7 +25,7 @@ from .train import LEARNING_RATES, NAME
 
 SEARCHED = ("form", "length", "start", "layers", "learning_rate")
 STARTS = ("instruction", "vocabulary", "random")
-LAYERS = ("all", "lower half", "upper half")
+LAYERS = ("all", "lower", "upper")  # the last two are halves
 LENGTHS, RATES = (4, 64), (0.1, 4.0)
 
 
@@ -56,7 +56,7 @@ class Space:
     def settings(self, params: dict[str, Any]) -> TrainConfig:
         """The settings of the trial that has these values."""
         half = self._layers // 2
-        layers = {"lower half": tuple(range(half)), "upper half": tuple(range(half, self._layers))}
+        layers = {"lower": tuple(range(half)), "upper": tuple(range(half, self._layers))}
         own: dict[str, Any] = {name: params[name] for name in ("form", "length", "start") if name in params}
         if "layers" in params:
             own["layers"] = layers.get(params["layers"])

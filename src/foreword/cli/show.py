@@ -92,13 +92,14 @@ def trained(result: TrainResult) -> None:
 
 def searched(result: SearchResult) -> None:
     """Every trial, whether the defaults were beaten, and the winner's figures."""
+    from ..search_page import figure_of
+
     summary, console = result.summary, Console()
     trials, best = summary["trials"], summary["best"]
-    metric = next((name for name in ("accuracy", "f1", "pearson") if any(name in row for row in trials)), None)
-    table = Table(title="Trials, by validation loss", title_justify="left")
-    for name in ("trial", "form", "length", "start", "layers", "learning rate", "loss", *([metric] if metric else [])):
-        table.add_column(name, justify="left" if name in ("form", "start", "layers") else "right")
-    table.add_column("")
+    metric = figure_of(trials)
+    table = Table(title="Trials, by validation loss", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for name in ("trial", "form", "length", "start", "layers", "rate", "loss", *([metric] if metric else []), ""):
+        table.add_column(name, justify="left" if name in ("form", "start", "layers", "") else "right", no_wrap=True)
     for row in trials:
         figures = [f"{row[name]:.4f}" if name in row else "" for name in ("loss", *([metric] if metric else []))]
         named = [str(row[name]) for name in ("trial", "form", "length", "start", "layers")]

@@ -22,7 +22,7 @@ import griffe
 from latex2mathml.converter import convert
 
 SOURCES = Path(__file__).parent.parent / "src" / "foreword"
-ERRORS = ("InputError", "RunError")
+ERRORS = ("InputError", "RunError", "DivergedError")
 COMPUTED = re.compile(r"(<!-- computed -->\n+```text\n)(.*?)(```)", re.DOTALL)
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)

@@ -157,6 +157,6 @@ def test_a_tracker_that_is_unknown_or_not_installed_is_one_sentence(
         train(config)
     missing = sorted({"wandb", "neptune", "mlflow", "swanlab"} - set(get_available_reporting_integrations()))[0]
     assert missing in INTEGRATION_TO_CALLBACK
-    with pytest.raises(InputError, match=f"'{missing}' needs a package that is not here: pip install {missing}"):
+    with pytest.raises(InputError, match=f"'{missing}' needs a package that is not installed; pip install {missing}"):
         train(TrainConfig(output=tmp_path / "p", model=str(tiny_llama), data=str(topics), report_to=missing))
     assert not (tmp_path / "p").exists()

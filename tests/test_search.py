@@ -183,7 +183,9 @@ def test_the_command_prints_a_table_or_json(
     assert code == 2 and "holds a search with another settings, search space" in err
     monkeypatch.setitem(sys.modules, "optuna", None)
     code, _, err = run()
-    assert code == 2 and err == 'foreword: a search needs Optuna: pip install "foreword[tune]".\n'
+    assert (
+        code == 2 and err == 'foreword: a search needs Optuna, which is not installed; pip install "foreword[tune]".\n'
+    )
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:

@@ -87,4 +87,6 @@ def check_tracker(name: str) -> None:
         raise InputError(f"report_to {name!r} is unknown; choose one of {', '.join(INTEGRATION_TO_CALLBACK)}.")
     # transformers does not list flyte among what is available, installed or not.
     if name not in (*get_available_reporting_integrations(), "flyte", "none", "all"):
-        raise InputError(f"report_to {name!r} needs a package that is not here: pip install {name}, or leave it out.")
+        raise InputError(
+            f"report_to {name!r} needs a package that is not installed; pip install {name}, or leave it out."
+        )

@@ -25,7 +25,7 @@ from optuna import TrialPruned
 from optuna.trial import Trial
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import files
+from . import files, processes
 from .config import TrainConfig, claim, write_json
 from .data import Data
 from .errors import DivergedError, InputError, RunError
@@ -63,6 +63,8 @@ class SearchConfig:
     def check(self) -> None:
         """Raise InputError for what cannot be meant."""
         self.train.check()
+        if processes.count() > 1:
+            raise InputError("a search runs in one process; start it without torchrun.")
         for name in ("trials", "minutes"):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -126,7 +126,7 @@ class Run:
             if self.live and self.server is None:
                 self.server = start_server(self.folder / "server.log", *words[1:])
             return 0
-        if words[0] == "train" and "--resume" not in words:
+        if words[0] in ("train", "tune") and "--resume" not in words:
             words = [*words, *(FEW_ROWS if "--data" not in words else ()), "--max-steps", "2"]
         with self.captured(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["foreword", *words])

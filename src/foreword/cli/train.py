@@ -23,6 +23,7 @@ def command(
 
     Example: foreword train --data fancyzhx/ag_news --length 32 --output runs/ag_news
     """
+    from .. import processes
     from ..train import train, unfinished_config
     from . import show
 

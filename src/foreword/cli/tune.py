@@ -30,7 +30,7 @@ def command(
     try:
         import optuna  # noqa: F401
     except ImportError as error:
-        raise InputError('a search needs Optuna: pip install "foreword[tune]".') from error
+        raise InputError('a search needs Optuna, which is not installed; pip install "foreword[tune]".') from error
     from ..search import SEARCHED, SearchConfig, search
 
     over = tuple(name for name in SEARCHED if name not in given(context))

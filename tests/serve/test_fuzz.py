@@ -65,6 +65,7 @@ SOUND = st.fixed_dictionaries(
         "logprobs": st.integers(0, 20),
     },
 )
+SOUND_TEXTS = st.fixed_dictionaries({"model": st.sampled_from(CLASSIFIERS), "input": st.text(min_size=1, max_size=30)})
 
 
 @pytest.mark.slow
@@ -114,11 +115,15 @@ def send_by_schema(client: httpx.Client, count: int, seen: Counter[int]) -> None
 
 
 def send_raw(client: httpx.Client, count: int, seen: Counter[int]) -> None:
-    """`count` bodies: bytes of any kind, JSON of any kind, and objects whose fields have likely names."""
+    """`count` bodies: sound ones, bytes of any kind, JSON of any kind, and objects whose fields have likely names."""
+    sound = st.tuples(st.just("completions"), SOUND.map(dumped))
+    sound |= st.tuples(st.sampled_from(["classify", "attention"]), SOUND_TEXTS.map(dumped))
+    unsound = BODIES.map(dumped) | JSON.map(dumped) | st.binary(max_size=200)
 
     @settings(max_examples=count, **SETTINGS)  # type: ignore[arg-type]
-    @given(st.sampled_from(POSTS), SOUND.map(dumped) | BODIES.map(dumped) | JSON.map(dumped) | st.binary(max_size=200))
-    def send(path: str, body: bytes) -> None:
+    @given(sound | st.tuples(st.sampled_from(POSTS), unsound))
+    def send(request: tuple[str, bytes]) -> None:
+        path, body = request
         response = client.post(f"/v1/{path}", content=body, headers={"content-type": "application/json"})
         seen[response.status_code] += 1
         assert response.status_code < 500, (path, body, response.text)

@@ -1,7 +1,8 @@
 """What it costs to cut the tokens that `inspect` finds worthless: a prefix of 32 on AG News, SmolLM2-135M, label words.
 
-Trains the prefix as ag_news.py does, measures every token's worth on validation rows as `foreword inspect` does, cuts
-those of the lowest worth, a quarter and a half, and tests the whole and the cut prefixes on the same test rows.
+Trains the prefix as ag_news.py does, measures every token's worth on validation rows as `foreword inspect` does, and
+cuts a quarter by one of two orders: the tokens of the lowest worth, or those that change the loss least, up or down.
+Validation rows choose the order; the whole and the cut prefix are then tested on the same test rows.
 
     python benchmarks/cut.py --data FOLDER [--prefix DIR]   (where a trained prefix is kept)
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from foreword.train import TrainConfig, train
 
 RESULT = Path(__file__).parent / "results" / "cut.json"
 LENGTH = 32
-KEPT = (24, 16)
+KEPT = 24
+ORDERS: dict[str, Callable[[float], float]] = {"lowest worth": float, "least change": abs}
 
 
 def say(line: str) -> None:
@@ -40,25 +43,29 @@ def trained(folder: Path, data: str) -> Path:
     return folder
 
 
-def measure(directory: Path, data: str, worth_rows: int, test_rows: int) -> dict[str, Any]:
+def measure(directory: Path, data: str, worth_rows: int, validation_rows: int, test_rows: int) -> dict[str, Any]:
     found = examine(directory, data, rows=worth_rows, progress=lambda done, total: say(f"inspecting {done}/{total}"))
     worth = found["worth"]["tokens"]
     task = load_task(directory)
     model, name = task.model, task.model.active
     assert name is not None
 
-    def tested() -> dict[str, float]:
-        found = evaluate(task, data, rows=test_rows, progress=lambda done, total: say(f"testing {done}/{total}"))
+    def measured(split: str, rows: int, keep: int, order: str) -> dict[str, float]:
+        if keep < LENGTH:
+            model.put("cut", cut(model, name, keep, [ORDERS[order](x) for x in worth]), like=name)
+        found = evaluate(
+            task, data, split=split, rows=rows, progress=lambda done, total: say(f"{split} {done}/{total}")
+        )
+        if keep < LENGTH:
+            model.remove("cut")
+            model.activate(name)
         return {key: found["metrics"][key] for key in ("accuracy", "f1")}
 
-    results: dict[str, Any] = {str(LENGTH): tested()}
-    for keep in KEPT:
-        kept = cut(model, name, keep, worth)
-        model.put(f"kept-{keep}", kept, like=name)
-        model.activate(f"kept-{keep}")
-        results[str(keep)] = tested()
-        model.activate(name)
-    return {"worth": worth, "worth_rows": worth_rows, "test_rows": test_rows, "by_tokens_kept": results}
+    validation = {order: measured("validation", validation_rows, KEPT, order) for order in ORDERS}
+    best = max(ORDERS, key=lambda order: validation[order]["accuracy"])
+    results = {str(keep): measured("test", test_rows, keep, best) for keep in (LENGTH, KEPT)}
+    rows = {"worth": worth_rows, "validation": validation_rows, "test": test_rows}
+    return {"worth": worth, "rows": rows, "validation": validation, "order": best, "by_tokens_kept": results}
 
 
 def main() -> None:
@@ -66,6 +73,7 @@ def main() -> None:
     parser.add_argument("--data", default="fancyzhx/ag_news", help="hub id or folder with train, validation, test")
     parser.add_argument("--prefix", type=Path, help="a trained prefix of 32 tokens; made here if it is not there yet")
     parser.add_argument("--worth-rows", type=int, default=48)
+    parser.add_argument("--validation-rows", type=int, default=500)
     parser.add_argument("--test-rows", type=int, default=2000)
     arguments = parser.parse_args()
     began_at = commit()
@@ -73,9 +81,10 @@ def main() -> None:
         directory = arguments.prefix or Path(folder) / "prefix"
         if not directory.exists():
             trained(directory, arguments.data)
-        found = measure(directory, arguments.data, arguments.worth_rows, arguments.test_rows)
+        rows = arguments.worth_rows, arguments.validation_rows, arguments.test_rows
+        found = measure(directory, arguments.data, *rows)
     RESULT.write_text(json.dumps({**found, "commit": began_at, "hardware": hardware()}, indent=1) + "\n")
-    print(json.dumps(found["by_tokens_kept"]))
+    print(json.dumps({key: found[key] for key in ("validation", "order", "by_tokens_kept")}))
 
 
 if __name__ == "__main__":

@@ -190,6 +190,15 @@ def read_python(words: list[str]) -> None:
         assert f'"{flag}"' in source or parameter in source, f"{path.name} has no {flag}"
 
 
+def read_launch(words: list[str]) -> None:
+    """A script, or foreword's own command, behind torchrun or accelerate, whose configuration is there."""
+    if "foreword" not in words:
+        return read_python(words)
+    if "--config_file" in words:
+        assert (ROOT / words[words.index("--config_file") + 1]).is_file()
+    parsed(words[words.index("foreword") + 1 :])
+
+
 def read_curl(words: list[str]) -> None:
     """A route that a server of ours has, and a body that is JSON."""
     url = next(word for word in words if "localhost" in word or "127.0.0.1" in word)
@@ -204,7 +213,8 @@ READERS = {
     "pip": read_pip,
     "make": read_make,
     "python": read_python,
-    "torchrun": read_python,
+    "torchrun": read_launch,
+    "accelerate": read_launch,
     ".venv-vllm/bin/python": read_python,
     "curl": read_curl,
 }

@@ -46,9 +46,9 @@ def settings(output: Path, model: Path, data: Path) -> TrainConfig:
 @torch.no_grad()
 def start_of(config: TrainConfig) -> Tensors:
     from foreword.files import kv_tensors
-    from foreword.train import _load
+    from foreword.train import load_rows
 
-    return kv_tensors(build(config, _load(config)).model.kv("prefix"))
+    return kv_tensors(build(config, load_rows(config)).model.kv("prefix"))
 
 
 def relative_difference(one: Path, other: Path, start: Tensors) -> float:

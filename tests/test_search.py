@@ -320,3 +320,12 @@ def test_bad_settings_of_a_search_leave_nothing(
     with pytest.raises(InputError, match=sentence):
         search(replace(config(tiny_llama, topics, tmp_path / "s"), **changes))
     assert not (tmp_path / "s").exists()
+
+
+def test_a_search_by_several_processes_is_refused(
+    tiny_llama: Path, topics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a search runs in one process; start it without torchrun"):
+        search(config(tiny_llama, topics, tmp_path / "s"))
+    assert not (tmp_path / "s").exists()

@@ -66,7 +66,7 @@ def sharding_asked() -> bool:
     if told("FSDP_OFFLOAD_PARAMS"):
         raise InputError("a sharded base is not offloaded; set fsdp_offload_params: false in accelerate's settings.")
     if told("FSDP_ACTIVATION_CHECKPOINTING"):
-        raise InputError("accelerate's settings ask for checkpointing; leave it out there and give --gradient-checkpointing.")
+        raise InputError("accelerate's settings ask for checkpointing; ask by --gradient-checkpointing alone.")
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return True
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,31 +41,35 @@ def commit() -> str:
 
 
 def run(form: str, start: str, seed: int, arguments: argparse.Namespace) -> None:
-    path = RESULTS / f"{form}-{start}-{seed}.json"
+    record(
+        RESULTS / f"{form}-{start}-{seed}.json",
+        {"form": form, "start": start, "seed": seed},
+        data=arguments.data,
+        prefix=PrefixConfig(form=form, start=start, length=LENGTH),  # type: ignore[arg-type]
+        train_rows=2000,
+        validation_rows=arguments.validation_rows,
+        test_rows=arguments.test_rows,
+        max_length=arguments.max_length,
+        epochs=1,
+        save_steps=63,
+        zero_shot=(form, start, seed) == ("direct", "instruction", 0),
+        seed=seed,
+    )
+
+
+def record(path: Path, experiment: dict[str, object], **settings: Any) -> None:
+    """Train with these settings of TrainConfig and write what was found to `path`, unless it is there already."""
     if path.exists():
         return
     began_at = commit()
     with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            output=Path(folder) / "prefix",
-            data=arguments.data,
-            prefix=PrefixConfig(form=form, start=start, length=LENGTH),  # type: ignore[arg-type]
-            train_rows=2000,
-            validation_rows=arguments.validation_rows,
-            test_rows=arguments.test_rows,
-            max_length=arguments.max_length,
-            epochs=1,
-            save_steps=63,
-            zero_shot=(form, start, seed) == ("direct", "instruction", 0),
-            seed=seed,
-        )
+        config = TrainConfig(output=Path(folder) / "prefix", **settings)
         summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
     del summary["settings"]["data"]  # a path of the machine it ran on
-    record = {"experiment": {"form": form, "start": start, "seed": seed}, **summary}
-    record |= {"commit": began_at, "hardware": hardware()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({"form": form, "start": start, "seed": seed, **summary["test"]}), flush=True)
+    found = {"experiment": experiment, **summary, "commit": began_at, "hardware": hardware()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({**experiment, **summary["test"]}), flush=True)
 
 
 def main() -> None:

@@ -7,44 +7,30 @@ the instruction's own repeats the instruction or keeps its end. `tables.py` make
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
 from pathlib import Path
 
-from ag_news import commit, hardware
+from ag_news import record
 
 from foreword.forms import PrefixConfig
-from foreword.train import TrainConfig, train
 
 RESULTS = Path(__file__).parent / "results" / "lengths"
 LENGTHS = (4, 8, 16, 32, 64)
 
 
 def run(length: int, seed: int, data: str) -> None:
-    path = RESULTS / f"{length}-{seed}.json"
-    if path.exists():
-        return
-    began_at = commit()
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            output=Path(folder) / "prefix",
-            data=data,
-            prefix=PrefixConfig(start="instruction", length=length),
-            train_rows=640,
-            validation_rows=50,
-            test_rows=500,
-            max_length=40,
-            save_steps=20,
-            zero_shot=False,
-            seed=seed,
-        )
-        summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
-    del summary["settings"]["data"]  # a path of the machine it ran on
-    record = {"experiment": {"length": length, "seed": seed}, **summary, "commit": began_at, "hardware": hardware()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({"length": length, "seed": seed, **summary["test"]}), flush=True)
+    record(
+        RESULTS / f"{length}-{seed}.json",
+        {"length": length, "seed": seed},
+        data=data,
+        prefix=PrefixConfig(start="instruction", length=length),
+        train_rows=640,
+        validation_rows=50,
+        test_rows=500,
+        max_length=40,
+        save_steps=20,
+        zero_shot=False,
+        seed=seed,
+    )
 
 
 def main() -> None:

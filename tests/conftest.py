@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +65,43 @@ def save_tiny(folder: Path, config: AutoConfig, auto: type = AutoModelForCausalL
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = LlamaConfig(
+def tiny_config(positions: int = 128) -> LlamaConfig:
+    """Of a Llama of two layers that reads what `make_tokenizer` makes."""
+    return LlamaConfig(
         vocab_size=400,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama", config)
+
+
+@contextmanager
+def interrupted_at_step(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While open, Ctrl-C comes in the middle of that training step of a classifier."""
+    from foreword.tasks.classify import PrefixClassifier
+
+    forward, calls = PrefixClassifier.forward, []
+
+    def forward_and_interrupt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.training)
+        if sum(calls) == step and self.training:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixClassifier, "forward", forward_and_interrupt)
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "llama", tiny_config())
 
 
 @pytest.fixture(scope="session")

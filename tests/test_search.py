@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from conftest import interrupted_at_step
 from safetensors.torch import load_file
 
 from foreword import InputError, PrefixConfig, RunError, TrainConfig, cli, files
@@ -220,20 +221,11 @@ def test_a_killed_search_goes_on_and_finds_the_same(
 def test_ctrl_c_says_how_to_go_on(
     tiny_llama: Path, topics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from foreword.tasks.classify import PrefixClassifier
-
-    forward, calls = PrefixClassifier.forward, []
-
-    def forward_and_interrupt(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self.training)
-        if sum(calls) == 3 and self.training:
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PrefixClassifier, "forward", forward_and_interrupt)
-        with pytest.raises(RunError, match=r"interrupted in trial 0; run the same command again to go on"):
-            search(config(tiny_llama, topics, tmp_path / "s"))
+    with (
+        interrupted_at_step(3, monkeypatch),
+        pytest.raises(RunError, match=r"interrupted in trial 0; run the same command again to go on"),
+    ):
+        search(config(tiny_llama, topics, tmp_path / "s"))
     rows = search(config(tiny_llama, topics, tmp_path / "s", 1)).summary["trials"]
     assert [(row["trial"], row["learning_rate"]) for row in rows] == [(1, 0.01)]  # the defaults, again
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import interrupted_at_step
 from safetensors.torch import load_file
 
 from foreword import InputError, PrefixConfig, RunError, TrainConfig, files, load
@@ -88,20 +89,11 @@ def test_ctrl_c_saves_the_state_and_resume_ends_as_if_nothing_had_been(
     train(config(tiny_llama, topics, tmp_path / "whole"))
     interrupted = config(tiny_llama, topics, tmp_path / "cut")
 
-    from foreword.tasks.classify import PrefixClassifier
-
-    forward, calls = PrefixClassifier.forward, []
-
-    def forward_and_interrupt(self, *args: object, **kwargs: object) -> object:
-        calls.append(self.training)
-        if sum(calls) == 3 and self.training:
-            os.kill(os.getpid(), signal.SIGINT)
-        return forward(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PrefixClassifier, "forward", forward_and_interrupt)
-        with pytest.raises(RunError, match="interrupted at step 3; the state is saved; run again with --resume"):
-            train(interrupted)
+    with (
+        interrupted_at_step(3, monkeypatch),
+        pytest.raises(RunError, match="interrupted at step 3; the state is saved; run again with --resume"),
+    ):
+        train(interrupted)
     train(interrupted, resume=True)
     assert equal(tmp_path / "whole", tmp_path / "cut")
     assert not (tmp_path / "cut" / "training").exists()

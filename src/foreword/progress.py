@@ -140,8 +140,9 @@ class ProgressReport(TrainerCallback):
         """Bring the panel up to date, or print a line when `force` or when the last one is old."""
         if not state.is_world_process_zero:
             return
-        if sys.stderr.isatty() and not (console := Console(stderr=True)).is_dumb_terminal:
-            self._panel = self._panel or LivePanel(console, self.heading)
+        if self._panel is None and sys.stderr.isatty() and not (console := Console(stderr=True)).is_dumb_terminal:
+            self._panel = LivePanel(console, self.heading)
+        if self._panel is not None:
             self._panel.show(what, done, total, self._facts(args, state))
         elif force or time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()

@@ -49,4 +49,4 @@ def recomputing_activations(base: nn.Module) -> Iterator[None]:
                 stack.callback(module.register_forward_hook(ran).remove)
         stack.enter_context(saved_tensors_hooks(pack, unpack))
         yield
-        latest.clear()
+        latest.clear()  # the graph holds `pack`, and would hold the last output with it

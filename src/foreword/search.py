@@ -148,7 +148,7 @@ class _Runner:
             at = f"interrupted in trial {trial.number}"
             raise RunError(f"{at}; run the same command again to go on with the search") from error
         history = [entry for entry in validations(trainer.state.log_history) if isfinite(entry["loss"])]
-        if row["state"] == "finished" and len(history) < 1:
+        if row["state"] == "finished" and not history:
             row["state"] = "diverged"
         # As PrefixTrainer chooses: of equal steps the later.
         kept = min(history, key=lambda entry: (entry["loss"], -entry["step"]), default={})
@@ -221,10 +221,10 @@ def _finished(config: SearchConfig, space: Space, study: Study, place: Path, say
         kept.rename(place)
     settings = replace(space.settings(study.params(number)), output=place)
     resume = (place / "training").is_dir()
-    if not resume:
-        shutil.rmtree(place, ignore_errors=True)
     if resume:
         claim(settings, place / "training")  # the rows may have moved since
+    else:
+        shutil.rmtree(place, ignore_errors=True)
     say(f"Testing trial {number}, the best of {len(study.rows)}.")
     return train(settings, resume=resume, say=say)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS, make_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from conftest import ROWS, make_tokenizer, tiny_config
+from transformers import LlamaForCausalLM, set_seed
 
 from foreword import defaults
 
@@ -26,19 +26,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     base = folder / "cache" / defaults.MODEL
     set_seed(0)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(base)
+    LlamaForCausalLM(tiny_config(positions=8192)).save_pretrained(base)
     words = " animal tool business entertainment politics sports tech work private Category: Text: Topic:"
     tokenizer = make_tokenizer(SENTENCES + [words] * 20)
     tokenizer.chat_template = CHAT

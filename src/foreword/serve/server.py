@@ -72,8 +72,8 @@ def build(config: ServeConfig, say: Callable[[str], None]) -> FastAPI:
     say(f"Serving {name} and {len(library.listed)} prefixes on http://{config.host}:{config.port}")
     scheduler = Scheduler(model, library, metrics, rows=config.rows, waiting=config.waiting)
     prompts = Prompts(model.tokenizer, vocabulary_size(model.base))
-    parameters = sum(p.numel() for p in model.base.parameters())
-    service = Service(name, model.kind == "decoder", parameters, scheduler, library, prompts, metrics, config.deadline)
+    generates, parameters = model.kind == "decoder", model.base_parameters
+    service = Service(name, generates, parameters, scheduler, library, prompts, metrics, config.deadline)
     return create_app(service, config.keys, BODY_LIMIT)
 
 

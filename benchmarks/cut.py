@@ -52,7 +52,8 @@ def measure(directory: Path, data: str, worth_rows: int, validation_rows: int, t
 
     def measured(split: str, rows: int, keep: int, order: str) -> dict[str, float]:
         if keep < LENGTH:
-            model.put("cut", cut(model, name, keep, [ORDERS[order](x) for x in worth]), like=name)
+            best = sorted(range(LENGTH), key=lambda i: -ORDERS[order](worth[i]))[:keep]
+            model.put("cut", cut(model, name, sorted(best)), like=name)
         found = evaluate(
             task, data, split=split, rows=rows, progress=lambda done, total: say(f"{split} {done}/{total}")
         )

@@ -114,6 +114,14 @@ def test_cutting_nothing_is_the_identity(name: str) -> None:
             assert all(torch.equal(x, y) for x, y in zip(found.sites[site], kv, strict=True))
 
 
+def test_a_number_to_keep_means_the_tokens_that_change_the_loss_most_up_or_down() -> None:
+    model = wrapped("llama")
+    kept = cut(model, "p", 3, worths=[0.5, -0.4, 0.1, -0.2, 0.3])
+    named = cut(model, "p", [0, 1, 4])
+    for site, kv in named.sites.items():
+        assert all(torch.equal(x, y) for x, y in zip(kept.sites[site], kv, strict=True))
+
+
 def test_a_cut_start_is_the_shorter_text_in_which_tokens_keep_what_they_read() -> None:
     """Cutting the end leaves the start of the text; keys that close up are turned to their new places."""
     model, (ids,) = started("llama", 5)
@@ -162,7 +170,7 @@ def test_bad_input_is_said() -> None:
         ("differ in `positions` or `window` cannot be conc", lambda: concatenate(model, ["p", "kept"])),
         ("enter different layers cannot be composed", lambda: concatenate(model, ["p", "last"])),
         (r"\(5 and 2 tokens\), so nothing lies between", lambda: interpolate(model, "p", "short", 0.5)),
-        ("to keep the best 2 of 5 tokens, give the worth", lambda: cut(model, "p", 2)),
+        ("to keep 2 of 5 tokens, give the worth", lambda: cut(model, "p", 2)),
         (r"tokens 0 to 4 in rising order, not \[3, 1\]", lambda: cut(model, "p", [3, 1])),
         (r"tokens 0 to 4 in rising order, not \[\]", lambda: cut(model, "p", [])),
         ("has one token, so there is nothing to compare", lambda: worth(model, "one", lambda: 0.0)),

@@ -88,8 +88,12 @@ def points(
 
 
 @matplotlib.rc_context(STYLE)
-def bars(title: str, groups: Mapping[str, Sequence[float]], ticks: Sequence[str], y: str = "") -> Markup:
-    """Bars side by side, a colour per group, a tick per value; the values stand above where there are few."""
+def bars(
+    title: str, groups: Mapping[str, Sequence[float]], ticks: Sequence[str], y: str = "", log: bool = False
+) -> Markup:
+    """Bars side by side, a colour per group, a tick per value; the values stand above where there are few.
+
+    log: heights by order of magnitude, up or down, even below 0.001, for values of which few are large."""
     figure, axes = _axes(title, 2.5)
     width = 0.8 / len(groups)
     for i, ((name, values), color) in enumerate(zip(groups.items(), _colors(len(groups)), strict=True)):
@@ -101,6 +105,9 @@ def bars(title: str, groups: Mapping[str, Sequence[float]], ticks: Sequence[str]
         axes.set_xticks(range(len(ticks)), ticks)
     axes.axhline(0, color=LINE, linewidth=0.8)
     axes.set_ylabel(y)
+    if log:
+        axes.set_yscale("symlog", linthresh=1e-3)
+        axes.yaxis.set_major_formatter("{x:g}")
     if len(groups) > 1:
         axes.margins(y=0.22)
         axes.legend(loc="upper center", ncols=len(groups), fontsize=8)

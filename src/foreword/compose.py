@@ -1,4 +1,4 @@
-"""Composition: prefixes put one behind the other, between one another, or cut to the tokens that are worth most.
+"""Composition: prefixes put one behind the other, between one another, or cut to the tokens that do most.
 
 Keys are stored rotated for positions 0..P-1. A token that moves to another position is turned by as much, and how is
 probed: single tokens run through the base at two positions show their keys before and after. In a rotary embedding
@@ -61,14 +61,15 @@ def interpolate(model: PrefixModel, a: str, b: str, weight: float) -> KVPrefix:
 def cut(model: PrefixModel, name: str, keep: int | Sequence[int], worths: Sequence[float] | None = None) -> KVPrefix:
     """The prefix with some of its tokens alone, in their order and turned to the positions 0.. .
 
-    keep: which tokens, or how many: those of the highest `worths`.
+    keep: which tokens, or how many: those whose `worths` are furthest from 0, either way. On few rows a worth below 0
+    is noise about a token that does something (docs/composition.md has the measurement).
     Raises InputError for tokens that are not there, or a number without one worth per token.
     """
     kv = model.kv(name).detach()
     if isinstance(keep, int):
         if worths is None or len(worths) != kv.length:
-            raise InputError(f"to keep the best {keep} of {kv.length} tokens, give the worth of each (see `worth`).")
-        keep = sorted(sorted(range(kv.length), key=lambda i: -worths[i])[:keep])
+            raise InputError(f"to keep {keep} of {kv.length} tokens, give the worth of each (see `worth`).")
+        keep = sorted(sorted(range(kv.length), key=lambda i: -abs(worths[i]))[:keep])
     index = list(keep)
     if not index or index != sorted(set(index)) or index[0] < 0 or index[-1] >= kv.length:
         raise InputError(f"keep must name some of the tokens 0 to {kv.length - 1} in rising order, not {index}.")

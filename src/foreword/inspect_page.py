@@ -66,7 +66,7 @@ def _part(name: str, one: dict[str, Any]) -> dict[str, Any]:
     if one["worth"] and one["worth"]["tokens"]:
         ticks = [str(i) for i in range(len(tokens))]
         title = f"{name}: what each token is worth"
-        made.append(charts.bars(title, {name: one["worth"]["tokens"]}, ticks, "rise of the loss when cut"))
+        made.append(charts.bars(title, {name: one["worth"]["tokens"]}, ticks, "rise of the loss when cut", log=True))
         for token, worth in zip(tokens, one["worth"]["tokens"], strict=True):
             token["worth"] = worth
     for token, words in zip(tokens, one["words"] or (), strict=False):

@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/choosing.md and docs/scaling.md, made from benchmarks/results and put in them.
+"""The tables of the README and the documentation, made from benchmarks/results and put in them.
 
 A page says where: `<!-- ag_news -->`, the table, `<!-- end of ag_news -->`; so for each name in `TABLES`.
 """
@@ -9,12 +9,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choosing.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/choosing.md", "docs/dynamic.md", "docs/forgetting.md", "docs/joint.md", "docs/scaling.md")
 Record = dict[str, Any]
 
 
@@ -91,6 +91,45 @@ def described(settings: Record) -> str:
     return f"{ {'step': 'training step', 'memory': 'memory of training', 'generation': 'decoding'}[kind] }, {behind}"
 
 
+def dynamic() -> Iterator[str]:
+    """Validation accuracy of dynamic prefixes beside the static one, by data set."""
+    yield "| data | prefix | validation accuracy (mean) | each seed | validation loss (mean) | trained parameters |"
+    yield "|---|---|---|---|---|---|"
+    order = {name: i for i, name in enumerate(("static", "low_rank", "mixture", "gates"))}
+    cells = grouped(records("dynamic"), "data", "prefix")
+    for (data, prefix), cell in sorted(cells.items(), key=lambda item: (item[0][0], order[item[0][1]])):
+        best = [next(v for v in run["validations"] if v["step"] == run["best_step"]) for run in cell]
+        accuracies = [v["accuracy"] for v in best]
+        each = ", ".join(f"{value:.3f}" for value in accuracies)
+        loss = mean(v["loss"] for v in best)
+        yield f"| {data} | {prefix} | {mean(accuracies):.3f} | {each} | {loss:.3f} | {cell[0]['parameters']:,} |"
+
+
+def forgetting() -> Iterator[str]:
+    """Test accuracy and drift by the weight of keeping."""
+    yield "| `--keep` | test accuracy | drift, nats a token |"
+    yield "|---|---|---|"
+    for (weight,), (run,) in sorted(grouped(records("forgetting"), "keep").items()):
+        yield f"| {weight:g} | {run['test']['accuracy']:.3f} | {run['measured_drift']:.3f} |"
+
+
+def joint() -> Iterator[str]:
+    """Each task trained alone and with the others."""
+    yield "| data | rows trained on | rows tested | metric | alone | in one run | difference |"
+    yield "|---|---|---|---|---|---|---|"
+    found = records("joint")
+    for together in (record for record in found if record["experiment"]["run"] == "together"):
+        for name, summary in together["tasks"].items():
+            experiment = {"task": name, "run": "alone", "seed": together["experiment"]["seed"]}
+            alone = next((record for record in found if record["experiment"] == experiment), None)
+            if alone is None:
+                continue
+            metric = "pearson" if "pearson" in summary["test"] else "accuracy"
+            before, after = alone["test"][metric], summary["test"][metric]
+            rows = f"{summary['rows']['train']:,} | {summary['rows']['test']:,}"
+            yield f"| {name} | {rows} | {metric} | {before:.3f} | {after:.3f} | {100 * (after - before):+.1f} points |"
+
+
 def memory_checks() -> Iterator[str]:
     """The memory of a step of SmolLM2 on paper beside what was measured."""
     yield "| rows × tokens | prefix | checkpointing | paper, MiB | measured, MiB | paper / measured |"
@@ -117,6 +156,9 @@ TABLES = {
     "ag_news": ag_news,
     "lengths": lengths,
     "compared": compared,
+    "dynamic": dynamic,
+    "forgetting": forgetting,
+    "joint": joint,
     "memory_checks": memory_checks,
     "memory_of_large": memory_of_large,
 }

@@ -90,7 +90,7 @@ def toy_arguments(folder: Path, **changes: Any) -> Any:
 
 def toy_trainer(folder: Path, model: Toy | None = None, **changes: Any) -> PrefixTrainer:
     """90 rows, micro-batches of 4, 2 a step: 12 steps an epoch, the last of one and a half micro-batches."""
-    names = ("patience", "head_learning_rate", "heading", "train_dataset", "callbacks")
+    names = ("patience", "learning_rates", "heading", "train_dataset", "callbacks")
     own = {name: changes.pop(name) for name in names if name in changes}
     given = {"train_dataset": toy_rows(), "eval_dataset": toy_rows(20, 1), "compute_metrics": accuracy}
     return PrefixTrainer(model or Toy(), toy_arguments(folder, **changes), **(given | own))
@@ -539,7 +539,7 @@ def test_long_validation_shows_progress(tmp_path: Path, capfd: Any, monkeypatch:
 
 
 def test_head_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
-    trainer = toy_trainer(tmp_path, head_learning_rate=0.5)
+    trainer = toy_trainer(tmp_path, learning_rates={"head": 0.5})
     groups = trainer.create_optimizer().param_groups
     found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     model = trainer.model
@@ -550,15 +550,17 @@ def test_head_has_a_learning_rate_of_its_own(tmp_path: Path) -> None:
     }
     del model.head
     with pytest.raises(InputError, match="no trainable parameter is named 'head'"):
-        toy_trainer(tmp_path, nn.Linear(2, 2), head_learning_rate=0.5).create_optimizer()  # type: ignore[arg-type]
+        toy_trainer(tmp_path, nn.Linear(2, 2), learning_rates={"head": 0.5}).create_optimizer()  # type: ignore[arg-type]
 
 
 def test_head_learning_rate_survives_a_resume(tmp_path: Path) -> None:
-    whole = toy_trainer(tmp_path / "whole", head_learning_rate=0.1, eval_steps=None)
+    whole = toy_trainer(tmp_path / "whole", learning_rates={"head": 0.1}, eval_steps=None)
     whole.train()
     with pytest.raises(RunError):
-        toy_trainer(tmp_path / "part", head_learning_rate=0.1, eval_steps=None, callbacks=[InterruptAt(7)]).train()
-    rest = toy_trainer(tmp_path / "part", head_learning_rate=0.1, eval_steps=None)
+        toy_trainer(
+            tmp_path / "part", learning_rates={"head": 0.1}, eval_steps=None, callbacks=[InterruptAt(7)]
+        ).train()
+    rest = toy_trainer(tmp_path / "part", learning_rates={"head": 0.1}, eval_steps=None)
     rest.train(resume_from_checkpoint=True)
     assert_same(trainable(rest.model), trainable(whole.model))
 

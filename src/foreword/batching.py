@@ -1,6 +1,9 @@
 """Batches of rows of similar length, so that little is padded, and results back in the order of the rows."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,29 @@ class Rows(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+    def sampler(self, batch_size: int, seed: int) -> "BucketSampler":
+        """The order of training."""
+        return BucketSampler(self.lengths, batch_size, seed)
+
+
+class SeveralRows(Dataset[Any]):
+    """Several data sets as one. ratios: how many epochs of a part make one of the whole."""
+
+    def __init__(self, parts: Sequence[Rows], ratios: Sequence[float]) -> None:
+        self.parts, self.ratios = list(parts), list(ratios)
+        self._starts = np.cumsum([0, *map(len, parts)]).tolist()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Any:
+        part = bisect_right(self._starts, index) - 1
+        return self.parts[part][index - self._starts[part]]
+
+    def sampler(self, batch_size: int, seed: int) -> "InterleavedSampler":
+        """The order of training."""
+        return InterleavedSampler([part.lengths for part in self.parts], self.ratios, batch_size, seed)
 
 
 class BucketSampler(Sampler[int]):
@@ -54,6 +80,46 @@ class BucketSampler(Sampler[int]):
         shuffled = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]
         for i in shuffled:
             yield from batches[i].tolist()
+
+
+class InterleavedSampler(Sampler[int]):
+    """Indices of several data sets laid end to end: full batches of one of them each, a set's batches evenly spaced.
+
+    A set of n rows and ratio r gives r n / batch_size batches an epoch, rounded up. They are drawn from the orders that
+    `BucketSampler` would give it, one behind the other, so that it sees what it would see alone.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], ratios: Sequence[float], batch_size: int, seed: int) -> None:
+        self.parts = [BucketSampler(part, batch_size, seed) for part in lengths]
+        self.counts = [math.ceil(r * len(part) / batch_size) for r, part in zip(ratios, lengths, strict=True)]
+        self.batch_size, self.epoch = batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """As of BucketSampler."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.counts) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        order = sorted(((j + 0.5) / count, i) for i, count in enumerate(self.counts) for j in range(count))
+        drawn = [self._drawn(part, count) for part, count in zip(self.parts, self.counts, strict=True)]
+        starts = np.cumsum([0, *map(len, self.parts)]).tolist()
+        for _, i in order:
+            for _ in range(self.batch_size):
+                yield starts[i] + next(drawn[i])
+
+    def _drawn(self, part: BucketSampler, count: int) -> Iterator[int]:
+        """This epoch's rows of a part."""
+        first = self.epoch * count * self.batch_size
+        part.set_epoch(first // len(part))
+        rows: Iterator[int] = islice(part, first % len(part), None)
+        for _ in range(count * self.batch_size):
+            if (row := next(rows, None)) is None:
+                part.set_epoch(part.epoch + 1)
+                rows = iter(part)
+                row = next(rows)
+            yield row
 
 
 def longest_first(dataset: Any) -> np.ndarray | None:

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from . import defaults, processes
 from .arguments import check_tracker
@@ -24,6 +24,9 @@ class TrainConfig:
     model, data: a hub id, a folder (or file), or the embedded default.
     task: what the prefix is for, a name in `foreword.tasks.TASKS`.
     text_column: several with commas between, where a row has several texts.
+    start_from: a saved prefix of the same base to go on from, of this task or of one like it, instead of a start of
+        `prefix`'s own (Vu et al. 2022, arXiv:2110.07904: prompts transferred between tasks).
+    keep: what the drift from the base on the base's own texts (`foreword.drift`) weighs beside the task's loss.
     prefix: what the prefix is made of. Without an instruction or another start, the instruction is the task's.
     learning_rate: by default that of the form (`LEARNING_RATES`); a trained head learns at `head_learning_rate`.
     max_length: tokens of template and text together.
@@ -47,6 +50,7 @@ class TrainConfig:
     train_rows: int | None = None
     validation_rows: int | None = None
     test_rows: int | None = None
+    start_from: str | None = None
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     head: Literal["auto", "words", "linear"] = "auto"
     template: str | None = None
@@ -64,6 +68,7 @@ class TrainConfig:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     schedule: str = "cosine"
+    keep: float = 0.0
     patience: int | None = None
     save_steps: int | None = None
     gradient_accumulation: int = 1
@@ -101,6 +106,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be above 0, not {value}.")
+        if self.keep < 0:
+            raise InputError(f"keep must be 0 or more, not {self.keep:g}.")
+        if self.start_from is not None and self.prefix != PrefixConfig():
+            raise InputError(
+                f"{self.start_from} brings its own form, length and start; leave out what else is said of the prefix."
+            )
         if self.shard and processes.count() == 1:
             raise InputError("there is one process, and nothing to shard the base over; start several with torchrun.")
         check_tracker(self.report_to)
@@ -109,20 +120,29 @@ class TrainConfig:
 # ---- what a run leaves behind while it runs
 
 
-def check_output(config: TrainConfig, resume: bool) -> None:
+class Run(Protocol):
+    """Settings of a run, of one task or of several."""
+
+    @property
+    def output(self) -> Path: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def check_output(config: Run, resume: bool) -> None:
     """Refuse an output in use, or with `resume` one that holds no unfinished run of the same settings."""
-    unfinished = unfinished_config(config.output)
+    output, unfinished = config.output, _unfinished(config.output)
     if resume:
         if unfinished is None:
-            raise InputError(f"there is no unfinished run in {config.output} to resume; leave out --resume.")
+            raise InputError(f"there is no unfinished run in {output} to resume; leave out --resume.")
         _check_same(unfinished, config)
     elif unfinished is not None:
-        raise InputError(f"{config.output} holds an unfinished run; go on with --resume, or use another output.")
-    elif config.output.exists() and any(config.output.iterdir() if config.output.is_dir() else [config.output]):
-        raise InputError(f"{config.output} exists and is not empty; use another output, or remove it.")
+        raise InputError(f"{output} holds an unfinished run; go on with --resume, or use another output.")
+    elif output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise InputError(f"{output} exists and is not empty; use another output, or remove it.")
 
 
-def claim(config: TrainConfig, running: Path) -> None:
+def claim(config: Run, running: Path) -> None:
     """Make the run's folder, now that nothing that was given can be wrong any more."""
     try:
         running.mkdir(parents=True, exist_ok=True)
@@ -132,14 +152,22 @@ def claim(config: TrainConfig, running: Path) -> None:
 
 
 def unfinished_config(output: Path) -> TrainConfig | None:
-    """The settings of the run that `output` holds unfinished, if it does."""
+    """The settings of the run that `output` holds unfinished, if it does. Raises InputError for a run of several
+    tasks."""
+    saved = _unfinished(output)
+    if saved is not None and "tasks" in saved:
+        raise InputError(f"{output} holds a run of several tasks; resume it with foreword joint.")
+    return None if saved is None else TrainConfig.from_dict(saved)
+
+
+def _unfinished(output: Path) -> dict[str, Any] | None:
     saved = output / "training" / "run.json"
-    return TrainConfig.from_dict(json.loads(saved.read_text())) if saved.is_file() else None
+    return json.loads(saved.read_text()) if saved.is_file() else None
 
 
-def _check_same(saved: TrainConfig, config: TrainConfig) -> None:
-    differing = [f.name for f in fields(config) if getattr(saved, f.name) != getattr(config, f.name)]
-    differing = [name for name in differing if name != "output"]
+def _check_same(saved: dict[str, Any], config: Run) -> None:
+    asked = json.loads(json.dumps(config.to_dict()))
+    differing = [name for name in asked if name != "output" and saved.get(name) != asked[name]]
     if differing:
         raise InputError(
             f"the run in {config.output} was started with another {', '.join(differing)}; resume it unchanged."

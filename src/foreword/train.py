@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import set_seed
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from . import files, processes
 from .bases import load_base
 from .config import TrainConfig, check_output, claim, unfinished_config, write_json
 from .data import Data, load_data
+from .drift import keeping, measured_drift, own_texts
+from .forms import PrefixConfig
 from .model import PrefixModel
 from .progress import validations
 from .report import mistakes, write_report
@@ -35,6 +38,7 @@ __all__ = ["TrainConfig", "TrainResult", "build", "train", "unfinished_config"]
 
 LEARNING_RATES = {"direct": 1e-2, "projected": 5e-3, "mlp": 3e-4}
 NAME = "prefix"
+SPLITS = ("train", "validation", "test")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -65,44 +69,62 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     if processes.first():
         check_output(config, resume)
     else:
-        say = _silent
+        say = silent
     processes.wait()  # until the output is checked: from here on it fills
     data = load_rows(config)
-    say(_describe_data(data))
+    say(describe_data(data))
     task = build(config, data)
-    say(_describe_prefix(task.model, config.prefix.form))
-    rows, train_cut = encoded(task, data.train)
-    validation, validation_cut = encoded(task, data.validation)
-    cut = {"train": train_cut, "validation": validation_cut, "test": sum(task.examples(data.test)[1])}
-    cut = {name: number for name, number in cut.items() if number}
-    if cut:
-        counts = ", ".join(f"{number} {name}" for name, number in cut.items())
-        say(f"Texts cut to fit {config.max_length} tokens: {counts} rows.")
+    say(describe_prefix(task.model, NAME))
+    rows, validation, cut = encoded_splits(config, task, data, say)
     if processes.first():
         claim(config, running)
     processes.wait()
-    trainer = make_trainer(config, task, rows, validation)
-    zero_shot = _zero_shot(config, task, data.test, running, say) if config.zero_shot else None
-    trainer.train(resume_from_checkpoint=_last(running) if resume else None)
+    term = _keeping(config, task.model, running) if config.keep else None
+    trainer = make_trainer(config, task, rows, validation, term=term)
+    zero_shot = zero_shot_figures(config, task, data.test, NAME, running / "zero-shot.json", say)
+    trainer.train(resume_from_checkpoint=resume_point(running) if resume else None)
+    facts = {
+        "zero_shot": zero_shot,
+        "validation": trainer.state.best_metric,
+        "learning_rate": trainer.args.learning_rate,
+        "cut": cut,
+        "validations": validations(trainer.state.log_history),
+    }
+    if config.keep:
+        facts["drift"] = measured_drift(task.model, config.seed)
+    return conclude(config, task, data, trainer, facts, time.monotonic() - began, say)
+
+
+def conclude(
+    config: TrainConfig,
+    task: PrefixTask,
+    data: Data,
+    trainer: PrefixTrainer,
+    facts: dict[str, Any],
+    seconds: float,
+    say: Say,
+) -> TrainResult:
+    """Test the active prefix, and save it to the output with `facts` and what the trainer knows of the run.
+
+    seconds: since this process began.
+    """
     say(f"Testing on {len(data.test)} rows.")
+    began = time.monotonic()
     results = _predictions(config, task, data.test, say)
     report = task.report(data.test, results)
+    seconds += time.monotonic() - began
     summary = {
         "test": report.pop("metrics"),
         **report,
-        "zero_shot": zero_shot,
-        "validation": trainer.state.best_metric,
+        **facts,
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
         "parameters": task.model.count(),
-        "learning_rate": trainer.args.learning_rate,
-        "rows": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
-        "cut": cut,
+        "rows": {name: len(getattr(data, name)) for name in SPLITS},
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
-        "validations": validations(trainer.state.log_history),
         "seconds": {
             "training": round(trainer.seconds, 1),
-            "total": round(time.monotonic() - began + trainer.seconds - trainer.seconds_here, 1),
+            "total": round(seconds + trainer.seconds - trainer.seconds_here, 1),
         },
         "settings": {key: value for key, value in config.to_dict().items() if key != "output"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -112,41 +134,69 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
         wrong = mistakes([row.text for row in data.test], [row.label for row in data.test], results)
         write_report(config.output, wrong)
     processes.wait()
-    return TrainResult(config.output, summary["test"], zero_shot, summary)
+    return TrainResult(config.output, summary["test"], facts["zero_shot"], summary)
 
 
-def build(config: TrainConfig, data: Data, model: PrefixModel | None = None) -> PrefixTask:
-    """The task that `config` trains, at its start; on `model`, the base of an earlier run, where it is given."""
+def build(config: TrainConfig, data: Data, model: PrefixModel | None = None, name: str = NAME) -> PrefixTask:
+    """The task that `config` trains, at its start, its prefix by this name; on `model`, the base of an earlier run,
+    where it is given."""
     cls = task_class(config.task)
     options = config.task_options(cls.options)
     if model is None:
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         shards = processes.count() if config.shard else 1
         model = PrefixModel(*load_base(config.model, dtype, quantise=config.quantise, shards=shards))
-    elif NAME in model.configs:
-        model.remove(NAME)
-    prefix = config.prefix
+    elif name in model.configs:
+        model.remove(name)
+    set_seed(config.seed)
+    if config.start_from is not None:
+        model.load(config.start_from, name, trainable=True)
+    else:
+        model.add(name, _with_start(config, data, model), seed=config.seed)
+    return cls.for_data(model, data, **options)
+
+
+def _with_start(config: TrainConfig, data: Data, model: PrefixModel) -> PrefixConfig:
+    """The prefix that is asked for, with what the task adds where nothing is said."""
+    cls, prefix = task_class(config.task), config.prefix
     if prefix.instruction is None and prefix.start in (None, "instruction"):
         prefix = replace(prefix, instruction=cls.instruction(data))
     if cls.reads_tokens and model.kind == "encoder-decoder" and prefix.sites is None:
         prefix = replace(prefix, sites=("encoder",))  # its decoder is not run
-    set_seed(config.seed)
-    model.add(NAME, prefix, seed=config.seed)
-    return cls.for_data(model, data, **options)
+    return prefix
 
 
 def make_trainer(
     config: TrainConfig, task: PrefixTask, rows: Rows, validation: Rows, logs: Path | None = None, **settings: Any
 ) -> PrefixTrainer:
     """The trainer of a run; `logs` is TensorBoard's folder, in the output by default, `settings` PrefixTrainer's."""
-    steps = -(-len(rows) // (config.batch_size * config.gradient_accumulation))
+    batches = -(-len(rows) // config.batch_size)
+    args = run_arguments(config, batches, config.output / "training")
+    trainer = PrefixTrainer(
+        task,
+        args,
+        patience=config.patience,
+        learning_rates={"head": config.head_learning_rate} if task.head is not None else None,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=task.collate,
+        compute_metrics=task.compute_metrics,
+        **settings,
+    )
+    log_to(trainer, logs or config.output / files.LOGS)
+    return trainer
+
+
+def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingArguments:
+    """Of a run whose epoch has so many batches and whose checkpoints go to `running`."""
+    steps = -(-batches // config.gradient_accumulation)
     every = config.save_steps or max(1, min(steps, config.max_steps or steps) // 4)
-    args = training_arguments(
-        config.output / "training",
+    return training_arguments(
+        running,
         epochs=config.epochs,
         max_steps=config.max_steps,
         batch_size=config.batch_size,
-        learning_rate=config.learning_rate or LEARNING_RATES[config.prefix.form],
+        learning_rate=learning_rate(config),
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=1.0,
@@ -160,22 +210,30 @@ def make_trainer(
         report_to=config.report_to,
         metric="loss",
     )
-    trainer = PrefixTrainer(
-        task,
-        args,
-        patience=config.patience,
-        head_learning_rate=config.head_learning_rate if task.head is not None else None,
-        train_dataset=rows,
-        eval_dataset=validation,
-        data_collator=task.collate,
-        compute_metrics=task.compute_metrics,
-        **settings,
-    )
+
+
+def learning_rate(config: TrainConfig) -> float:
+    """As given, or that of the form."""
+    return config.learning_rate or LEARNING_RATES[config.prefix.form]
+
+
+def log_to(trainer: PrefixTrainer, folder: Path) -> None:
+    """TensorBoard's own place would be within the checkpoints, which go when the run ends."""
     for callback in trainer.callback_handler.callbacks:
-        # Its own place would be within the checkpoints, which go when the run ends.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(logs or config.output / files.LOGS)
-    return trainer
+            callback.logging_dir = str(folder)
+
+
+def encoded_splits(config: TrainConfig, task: PrefixTask, data: Data, say: Say) -> tuple[Rows, Rows, dict[str, int]]:
+    """Examples to train on and to validate with, and how many rows of each split were cut, which is said."""
+    rows, train_cut = encoded(task, data.train)
+    validation, validation_cut = encoded(task, data.validation)
+    cut = dict(zip(SPLITS, (train_cut, validation_cut, sum(task.examples(data.test)[1])), strict=True))
+    cut = {name: number for name, number in cut.items() if number}
+    if cut:
+        counts = ", ".join(f"{number} {name}" for name, number in cut.items())
+        say(f"Texts cut to fit {config.max_length} tokens: {counts} rows.")
+    return rows, validation, cut
 
 
 def encoded(task: PrefixTask, rows: Sequence[Row]) -> tuple[Rows, int]:
@@ -210,14 +268,14 @@ def _saying(say: Say) -> Progress:
     return progress
 
 
-def _zero_shot(
-    config: TrainConfig, task: PrefixTask, test: Sequence[Row], running: Path, say: Say
+def zero_shot_figures(
+    config: TrainConfig, task: PrefixTask, test: Sequence[Row], name: str, kept: Path, say: Say
 ) -> dict[str, float] | None:
-    """The bare base on the same rows and template; kept, so that a resumed run need not repeat it. A task with a
-    trained head has no zero-shot figures."""
-    if task.head is not None:
+    """The bare base on the same rows and template, unless the run is not to; kept, so that a resumed run need not
+    repeat it. A task with a trained head has no zero-shot figures. `name` is active afterwards."""
+    task.model.activate(name)
+    if not config.zero_shot or task.head is not None:
         return None
-    kept = running / "zero-shot.json"
     if kept.is_file():
         return json.loads(kept.read_text())
     say(f"Zero-shot: the base without a prefix on the {len(test)} test rows.")
@@ -225,13 +283,25 @@ def _zero_shot(
     try:
         figures = task.report(test, _predictions(config, task, test, say))["metrics"]
     finally:
-        task.model.activate(NAME)
+        task.model.activate(name)
     if processes.first():
         write_json(kept, figures)
     return figures
 
 
-def _last(running: Path) -> str | None:
+def _keeping(config: TrainConfig, model: PrefixModel, running: Path) -> Callable[[int], Tensor]:
+    """The term that keeps the prefix near the base; its texts stay beside the checkpoints."""
+    kept = running / "own-texts.json"
+    if not kept.is_file():
+        texts = own_texts(model, config.seed)
+        if not processes.first():
+            return keeping(model, texts, config.keep)
+        write_json(kept, texts.tolist())
+    return keeping(model, torch.tensor(json.loads(kept.read_text()), device=model.device), config.keep)
+
+
+def resume_point(running: Path) -> str | None:
+    """The last checkpoint of a run, None where it has not saved one."""
     last = last_checkpoint(running)
     return None if last is None else str(last)
 
@@ -251,11 +321,11 @@ def load_rows(config: TrainConfig) -> Data:
     return replace(data, validation=validation, test=test)
 
 
-def _silent(line: str) -> None:
+def silent(line: str) -> None:
     """The news of a process that is not the first."""
 
 
-def _describe_data(data: Data) -> str:
+def describe_data(data: Data) -> str:
     labels = f"; {len(data.labels)} labels" if data.labels else ""
     return (
         f"Data: {data.name}, {len(data.train)} rows to train on, {len(data.validation)} to validate, {len(data.test)} "
@@ -263,9 +333,9 @@ def _describe_data(data: Data) -> str:
     )
 
 
-def _describe_prefix(model: PrefixModel, form: str) -> str:
-    share = model.count() / model.base_parameters
+def describe_prefix(model: PrefixModel, name: str) -> str:
+    count = model.count(name)
     return (
-        f"Prefix: {model.form(NAME).length} tokens, form {form}, {model.count():,} trained parameters "
-        f"({share:.2%} of {model.base_id}'s)."
+        f"Prefix: {model.form(name).length} tokens, form {model.configs[name].form}, {count:,} trained parameters "
+        f"({count / model.base_parameters:.2%} of {model.base_id}'s)."
     )

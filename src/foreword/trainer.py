@@ -6,6 +6,7 @@ knows of prefixes.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from foreword import checkpoints, processes
 from foreword.arguments import training_arguments
-from foreword.batching import BucketSampler, Rows, longest_first, reordered, reordered_prediction
+from foreword.batching import BucketSampler, InterleavedSampler, Rows, longest_first, reordered, reordered_prediction
 from foreword.checkpoints import folder_of, is_complete, last_checkpoint
 from foreword.clock import Clock
 from foreword.errors import DivergedError, InputError, RunError
@@ -34,13 +35,15 @@ __all__ = ["PrefixTrainer", "Rows", "last_checkpoint", "training_arguments"]
 class PrefixTrainer(Trainer):
     """transformers' Trainer, with
 
-    - batches of similar length, where a dataset has `lengths` (see `Rows`), results in the rows' order;
+    - batches of similar length, where a dataset is of `Rows`, results in the rows' order;
     - checkpoints of the trainable parameters alone, from which a killed run goes on to the same bits;
     - the best step by validation at the end, and early stopping after `patience` validations without one;
     - a clear RunError for a loss that is not a number, for Ctrl-C, and for a disk that is full;
     - an accumulated gradient that is the mean over all rows, also where the last batch is smaller;
     - the same batches, gradients and figures on several processes as on one, each computing its share of the rows;
-    - `head_learning_rate` for the parameters whose name contains "head";
+    - `learning_rates` for the parameters whose name contains a key of it, the first that does;
+    - of several validation sets (a dict) the mean of their losses as the loss of them all;
+    - `term(step)`, added to the loss of every batch in training;
     - a live panel, or lines, of how far it is, with `heading` before it.
     """
 
@@ -53,7 +56,8 @@ class PrefixTrainer(Trainer):
         args: TrainingArguments,
         *,
         patience: int | None = None,
-        head_learning_rate: float | None = None,
+        learning_rates: Mapping[str, float] | None = None,
+        term: Callable[[int], torch.Tensor] | None = None,
         heading: str = "",
         **kwargs: Any,
     ) -> None:
@@ -70,8 +74,8 @@ class PrefixTrainer(Trainer):
         self._check_batch()
         self.model_accepts_loss_kwargs = False  # else a forward with **kwargs is asked to scale its loss
         self._run = Path(args.output_dir or ".")
-        self.head_learning_rate = head_learning_rate
-        self._buckets: BucketSampler | None = None
+        self.learning_rates, self.term = learning_rates or {}, term
+        self._sampler: BucketSampler | InterleavedSampler | None = None
         self._progress = ProgressReport(heading)
         self._interrupt = Interrupt(self._progress.notice)
         for callback in (PrinterCallback, ProgressCallback):
@@ -166,15 +170,28 @@ class PrefixTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        lengths = getattr(dataset, "lengths", None)
-        if lengths is None:
+        sampler = getattr(dataset, "sampler", None)
+        if sampler is None:
             return super()._get_train_sampler(dataset)
-        self._buckets = BucketSampler(lengths, self._train_batch_size, self.args.seed)
-        return self._buckets
+        self._sampler = sampler(self._train_batch_size, self.args.seed)
+        return self._sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         order = longest_first(eval_dataset)
         return super()._get_eval_sampler(eval_dataset) if order is None else order.tolist()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Trainer's; of several sets also `eval_loss`, the mean of their losses."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        several = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(several, dict):
+            losses = {key: metrics[key] for key in (f"{metric_key_prefix}_{name}_loss" for name in several)}
+            mean = {f"{metric_key_prefix}_loss": sum(losses.values()) / len(losses)}
+            self.log({**mean, **losses})
+            metrics |= mean
+        return metrics
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Trainer's, with everything that it returns or gives to compute_metrics in the dataset's order."""
@@ -220,6 +237,8 @@ class PrefixTrainer(Trainer):
         own, some = (inputs, True) if self.args.world_size == 1 else processes.share(inputs, rows)
         loss, outputs = super().compute_loss(model, own, return_outputs=True)
         items = self._items(own) if some else 0
+        if model.training and self.term is not None:
+            loss = loss + self.term(self.state.global_step)
         if model.training and num_items_in_batch:
             # The average is taken over the processes, hence the world size.
             loss = loss * (items * self.args.world_size / num_items_in_batch)
@@ -230,19 +249,23 @@ class PrefixTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's AdamW and weight decay, with groups of their own for the head's parameters."""
+        """Trainer's AdamW and weight decay, with groups of their own where `learning_rates` names parameters."""
         fresh, optimizer = self.optimizer is None, super().create_optimizer(model)
-        if not fresh or self.head_learning_rate is None:
+        if not fresh or not self.learning_rates:
             return optimizer
         named = (model if model is not None else self.model).named_parameters()
-        head = {id(p) for name, p in named if "head" in name and p.requires_grad}
-        if not head:
-            raise InputError("A learning rate for the head was given, but no trainable parameter is named 'head'.")
+        names = {id(p): name for name, p in named if p.requires_grad}
+        for part in self.learning_rates:
+            if not any(part in name for name in names.values()):
+                raise InputError(f"A learning rate for {part} was given, but no trainable parameter is named {part!r}.")
         for group in list(optimizer.param_groups):
-            params = group["params"]
-            group["params"] = [p for p in params if id(p) not in head]
-            own = [p for p in params if id(p) in head]
-            optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate})
+            by_rate: dict[float | None, list[nn.Parameter]] = {None: []}
+            for p in group["params"]:
+                rate = next((rate for part, rate in self.learning_rates.items() if part in names[id(p)]), None)
+                by_rate.setdefault(rate, []).append(p)
+            group["params"] = by_rate.pop(None)
+            for rate, params in by_rate.items():
+                optimizer.add_param_group({**group, "params": params, "lr": rate})
         return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -273,9 +296,9 @@ class PrefixTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps or self._out_of_patience():
             self.control.should_training_stop = True
             return
-        if self._buckets is not None:
+        if self._sampler is not None:
             # With several processes, accelerate does not reach the sampler of an epoch that is resumed midway.
-            self._buckets.set_epoch(kwargs["epoch"])
+            self._sampler.set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _out_of_patience(self) -> bool:

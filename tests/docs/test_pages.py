@@ -27,7 +27,7 @@ from foreword import cli
 
 from .pages import PAGES, ROOT, Block, blocks, commands
 
-LANGUAGES = {"python", "bash", "json", "text"}
+LANGUAGES = {"python", "bash", "json", "toml", "text"}
 SERVED = [
     page
     for page in PAGES
@@ -82,6 +82,9 @@ class Run:
     def do(self, block: Block) -> None:
         if block.language.startswith("file "):
             (self.folder / block.language.removeprefix("file ")).write_text(block.code, encoding="utf-8")
+        elif block.language == "toml":  # its first line is the name of the file
+            tomllib.loads(block.code)
+            (self.folder / block.code.splitlines()[0].removeprefix("# ")).write_text(block.code, encoding="utf-8")
         elif block.language == "json":
             for line in block.code.splitlines():
                 json.loads(line)

@@ -9,7 +9,7 @@ import typer
 from .. import processes
 from ..errors import ForewordError
 from . import eval as eval_command
-from . import export, generate, import_, inspect, predict, serve, train, tune
+from . import export, generate, import_, inspect, joint, predict, serve, train, tune
 
 app = typer.Typer(
     name="foreword",
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("train")(train.command)
+app.command("joint")(joint.command)
 app.command("tune")(tune.command)
 app.command("eval")(eval_command.command)
 app.command("predict")(predict.command)

@@ -16,12 +16,16 @@ def command(
     text_column: Annotated[str | None, typer.Option(help="Column of the texts; found if not given.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels; found if not given.")] = None,
     batch_size: Annotated[int, typer.Option()] = 32,
+    drift: Annotated[
+        bool, typer.Option("--drift", help="Also how far it is from the base on texts of the base's own, nats a token.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Measure a saved prefix by its task's metrics.
 
     Example: foreword eval runs/news --split validation
     """
+    from ..drift import measured_drift
     from ..evaluate import evaluate
     from ..tasks import load_task
     from . import show
@@ -38,6 +42,8 @@ def command(
             batch_size=batch_size,
             progress=progress,
         )
+    if drift:
+        report["drift"] = measured_drift(task.model, seed=0)
     show.cut(report["cut"], report["rows"], task.settings.max_length)
     if as_json:
         show.json(report)

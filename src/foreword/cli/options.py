@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -32,6 +33,9 @@ def training(
     instruction: Annotated[
         str | None, typer.Option(help="Text to start from; by default made from the label names.")
     ] = None,
+    start_from: Annotated[
+        str | None, typer.Option(help="A saved prefix to go on from, of this task or of one like it.")
+    ] = None,
     dynamic: Annotated[
         str | None, typer.Option(help="low_rank, mixture or gates: each text changes its own prefix.")
     ] = None,
@@ -55,6 +59,9 @@ def training(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a step, of all processes together.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="By default that of the form.")] = None,
+    keep: Annotated[
+        float, typer.Option(help="Stay near the base on texts of its own: their weight beside the task's loss, say 1.")
+    ] = 0.0,
     patience: Annotated[int | None, typer.Option(help="Stop after so many validations without a better one.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints and validations.")] = None,
     gradient_accumulation: Annotated[int, typer.Option()] = 1,
@@ -83,6 +90,7 @@ def training(
         task=task,
         text_column=text_column,
         label_column=label_column,
+        start_from=start_from,
         prefix=PrefixConfig(
             form=form,  # type: ignore[arg-type]
             length=length,
@@ -107,6 +115,7 @@ def training(
         batch_size=batch_size,
         learning_rate=learning_rate,
         patience=patience,
+        keep=keep,
         save_steps=save_steps,
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
@@ -117,6 +126,58 @@ def training(
         report_to=report_to,
         seed=seed,
     )
+
+
+def read_tasks(path: Path, output: Path) -> Any:
+    """The `JointConfig` of a TOML file: options of training for all tasks, a table per task, perhaps one `shared`.
+
+    Raises InputError for what is no TOML or no option.
+    """
+    from ..errors import InputError
+    from ..joint import SHARED, JointConfig
+
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; name a TOML file with a table per task.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid TOML ({error}); correct it.") from None
+    tables = {name: value for name, value in given.items() if isinstance(value, dict)}
+    usual = {name: value for name, value in given.items() if name not in tables}
+    ratios = {name: table.pop("ratio") for name, table in tables.items() if "ratio" in table}
+    for name, ratio in ratios.items():
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool):
+            raise InputError(f"{path}, [{name}]: ratio {ratio!r} is no number; give one above 0.")
+    shared = tables.pop(SHARED, None)
+    return JointConfig(
+        output,
+        {name: _read_options({**usual, **table}, output / name, f"{path}, [{name}]") for name, table in tables.items()},
+        ratios,
+        None if shared is None else _read_options(shared, output, f"{path}, [{SHARED}]").prefix,
+    )
+
+
+def _read_options(options: dict[str, Any], output: Path, place: str) -> Any:
+    """The TrainConfig of options by name. Raises InputError naming the place of what is wrong."""
+    from ..errors import InputError
+
+    arguments = ["--output", str(output)]
+    for name, value in options.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(option if value else option.replace("--", "--no-", 1))
+        else:
+            for each in value if isinstance(value, list) else [value]:
+                arguments += [option, str(each)]
+    app = typer.Typer(add_completion=False)
+    app.command()(training)
+    try:
+        return typer.main.get_command(app).main(arguments, place, standalone_mode=False)
+    except Exception as error:
+        message = getattr(error, "format_message", None)  # an error of click, wherever typer has it from
+        if message is None:
+            raise
+        raise InputError(f"{place}: {message()} Its keys are options of foreword train.") from None
 
 
 def with_training(command: Callable[..., None]) -> Callable[..., None]:

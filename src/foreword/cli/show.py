@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from ..joint import JointResult
     from ..search import SearchResult
     from ..train import TrainResult
 
@@ -81,12 +82,40 @@ def trained(result: TrainResult) -> None:
     title = f"{summary['rows']['test']} test rows{weighted}"
     console.print(_metrics_table(title, {"zero-shot": result.zero_shot, "prefix": result.test}))
     _per_label(console, summary.get("per_label"))
+    _drift(console, summary)
     size = files.size(result.output) / 2**20
     seconds = summary["seconds"]
     console.print(
         f"Saved {result.output} ({size:.1f} MiB) after {summary['steps']} steps; "
         f"{seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all. "
         f"Its page: {result.output / 'report.html'}"
+    )
+
+
+def trained_jointly(result: JointResult) -> None:
+    """A line per task: its figures, zero-shot in brackets, and what was saved."""
+    console, table = Console(), Table()
+    for column in ("task", "test (zero-shot)", "rows", "parameters", "saved as"):
+        table.add_column(column, justify="right" if column in ("rows", "parameters") else "left")
+    for name, found in result.tasks.items():
+        zero = found.zero_shot or {}
+        figures = [
+            f"{metric} {value:.3f}" + (f" ({zero[metric]:.3f})" if metric in zero else "")
+            for metric, value in found.test.items()
+            if metric not in UNSHOWN
+        ]
+        table.add_row(
+            name,
+            "\n".join(figures),
+            f"{found.summary['rows']['test']:,}",
+            f"{found.summary['parameters']:,}",
+            str(found.output),
+        )
+    console.print(table)
+    summary = next(iter(result.tasks.values())).summary
+    console.print(
+        f"{summary['steps']} steps; {summary['seconds']['training']:.0f} s of training. "
+        f"To serve them all: foreword serve --prefixes {result.output}"
     )
 
 
@@ -142,6 +171,12 @@ def evaluated(report: dict[str, Any]) -> None:
     title = f"{report['rows']} rows of {report['data']}"
     console.print(_metrics_table(title, {"prefix": report["metrics"]}))
     _per_label(console, report.get("per_label"))
+    _drift(console, report)
+
+
+def _drift(console: Console, found: dict[str, Any]) -> None:
+    if "drift" in found:
+        console.print(f"Drift from the base on texts of its own: {found['drift']:.3f} nats a token.")
 
 
 def predicted(results: Sequence[dict[str, Any]], fields: Sequence[str]) -> None:

@@ -136,3 +136,22 @@ def test_trouble_of_the_engine_is_passed_on(call: Any, engine: Engine, monkeypat
     for stream in (False, True):
         response = call("/v1/completions", {"model": "news", "prompt": "a", "stream": stream})
         assert response.status_code == 502 and "cannot be reached (ConnectError)" in response.json()["error"]["message"]
+
+
+def test_keys_and_the_size_of_bodies_are_checked_before_the_engine_is_asked(served: Path, engine: Engine) -> None:  # noqa: F811
+    client = httpx.AsyncClient(base_url="http://engine", transport=httpx.MockTransport(engine))
+    front = gateway.Front(PrefixFolder(served), "base", lambda text: [1], lambda messages: [1], 9, client)
+    app = gateway.make_app(front, ("first", "second"))
+
+    async def status(path: str, content: bytes | None = None, **headers: str) -> int:
+        async with httpx.AsyncClient(base_url="http://front", transport=httpx.ASGITransport(app=app)) as client:
+            method = "GET" if content is None else "POST"
+            return (await client.request(method, path, content=content, headers=headers)).status_code
+
+    body = json.dumps({"model": "news", "prompt": "ab"}).encode()
+    assert asyncio.run(status("/healthz")) == 200
+    assert asyncio.run(status("/v1/models")) == 401
+    assert asyncio.run(status("/v1/completions", body, authorization="Bearer third")) == 401 and engine.body == {}
+    assert asyncio.run(status("/v1/completions", body, authorization="Bearer second")) == 200
+    large = b" " * (1 << 20) + body
+    assert asyncio.run(status("/v1/completions", large, authorization="Bearer first")) == 413

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -294,6 +295,10 @@ def test_api_keys_open_every_route_but_health(serve: Callable[..., Server], pref
     server = serve(prefixes, "--api-key", "first", environment={"FOREWORD_API_KEY": "unused"})
     assert httpx.get(f"{server.url}/healthz").json() == {"status": "ok"}
     assert httpx.get(f"{server.url}/openapi.json").status_code == 200
+    page = httpx.get(f"{server.url}/docs").text
+    files = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(files) == 3 and "://" not in page.replace(server.url, "")
+    assert all(httpx.get(f"{server.url}{file}").status_code == 200 for file in files)
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "first"}):
         for path in ("/v1/models", "/metrics", "/v1/prefixes", "/static", "/static/../v1/models", "//v1/models"):
             answer = httpx.get(f"{server.url}{path}", headers=headers)

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from .. import __version__
 from .failure import Failure, broken, unknown_model
 from .guard import Guard
 from .library import Listed
-from .playground import add_playground
+from .playground import FILES, add_playground
 from .schema import (
     NAME,
     AttentionAnswer,
@@ -42,10 +43,12 @@ from .service import Service
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody} for status in (400, 401, 404, 405, 408, 409, 413, 429, 500, 503, 504)
 }
+# These tell nothing of what is served.
+OPEN = ("/", "/healthz", "/docs", "/openapi.json", "/static-offline-docs/", f"{FILES}/")
 Name = Annotated[str, Path(pattern=NAME)]
 
 
-def create_app(service: Service, keys: Sequence[str], body_limit: int) -> FastAPI:
+def create_app(service: Service, keys: Sequence[str]) -> FastAPI:
     """The server as an ASGI application. keys: API keys, any of which opens it; none leaves it open."""
 
     @asynccontextmanager
@@ -55,8 +58,9 @@ def create_app(service: Service, keys: Sequence[str], body_limit: int) -> FastAP
         service.scheduler.stop()
         service.prompts.close()
 
-    app = FastAPI(title="foreword", version=__version__, lifespan=running, responses=ERRORS, redoc_url=None)
-    app.add_middleware(Guard, keys=keys, limit=body_limit, metrics=service.metrics)
+    app = FastAPIOffline(title="foreword", version=__version__, lifespan=running, responses=ERRORS, redoc_url=None)
+    answers = service.metrics.requests
+    app.add_middleware(Guard, keys=keys, opened=OPEN, count=lambda status: answers.labels(str(status)).inc())
     _add_errors(app)
     _add_answers(app, service)
     _add_models(app, service)

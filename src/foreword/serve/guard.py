@@ -13,10 +13,8 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from .failure import Failure
-from .metrics import Metrics
-from .playground import FILES
 
-OPEN = ("/", "/healthz", "/docs", "/openapi.json")  # tell nothing of what is served, nor do the playground's files
+BODY_LIMIT = 1 << 20  # bytes
 BODY_SECONDS = 30.0
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -24,10 +22,23 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware. keys: any of them opens every route; none at all leaves the server open. limit: bytes."""
+    """ASGI middleware.
 
-    def __init__(self, app: Any, keys: Sequence[str], limit: int, metrics: Metrics) -> None:
-        self._app, self._limit, self._metrics = app, limit, metrics
+    keys: any of them opens every route; none at all leaves the server open. opened: routes that need none, a whole
+    folder where one ends in a slash. count: called with the status of every answer.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        keys: Sequence[str],
+        opened: Sequence[str] = (),
+        limit: int = BODY_LIMIT,
+        count: Callable[[int], None] = lambda status: None,
+    ) -> None:
+        self._app, self._limit, self._count = app, limit, count
+        self._opened = [path for path in opened if path == "/" or not path.endswith("/")]
+        self._folders = tuple(path for path in opened if path not in self._opened)
         self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,7 +48,7 @@ class Guard:
 
         async def counted(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                self._metrics.requests.labels(str(message["status"])).inc()
+                self._count(message["status"])
             await send(message)
 
         try:
@@ -50,7 +61,7 @@ class Guard:
             await self._app(scope, _replayed(body, receive), counted)
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys or scope["path"] in OPEN or scope["path"].startswith(f"{FILES}/"):
+        if not self._keys or scope["path"] in self._opened or scope["path"].startswith(self._folders):
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         digest = _digest(given[len(b"Bearer ") :] if given[:7].lower() == b"bearer " else b"")

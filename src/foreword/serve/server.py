@@ -24,8 +24,6 @@ from .prompts import Prompts
 from .scheduler import Scheduler
 from .service import Service
 
-BODY_LIMIT = 1 << 20  # bytes
-
 
 @dataclass(frozen=True)
 class ServeConfig:
@@ -74,7 +72,7 @@ def build(config: ServeConfig, say: Callable[[str], None]) -> FastAPI:
     prompts = Prompts(model.tokenizer, vocabulary_size(model.base))
     generates, parameters = model.kind == "decoder", model.base_parameters
     service = Service(name, generates, parameters, scheduler, library, prompts, metrics, config.deadline)
-    return create_app(service, config.keys, BODY_LIMIT)
+    return create_app(service, config.keys)
 
 
 def run(config: ServeConfig, say: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ vLLM's own port must be reachable by the front alone: whoever reaches it can set
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +19,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from ...errors import InputError
+from ...serve.failure import Failure
+from ...serve.guard import Guard
 from .prefixes import Found, PrefixFolder
 from .requests import Wanted, prompt_ids, rewrite, without_placeholders
 
@@ -133,13 +135,17 @@ def as_chat(content: dict[str, Any], streamed: bool) -> dict[str, Any]:
 
 def failure(status: int, message: str, code: str | None = None) -> JSONResponse:
     """An error as OpenAI's clients read it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": code, "param": None}}, status)
+    return JSONResponse(Failure(status, message, code).body(), status)
 
 
-def make_app(front: Front) -> FastAPI:
-    """The routes."""
-    app = FastAPI(title="foreword on vLLM")
+def make_app(front: Front, keys: Sequence[str] = ()) -> FastAPI:
+    """The routes. keys: API keys, any of which opens them; none leaves them open."""
+    app = FastAPI(title="foreword on vLLM", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard, keys=keys, opened=("/healthz",))
+
+    @app.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -172,6 +178,9 @@ def main(
     served_name: Annotated[str | None, typer.Option(help="vLLM's --served-model-name; by default the model.")] = None,
     host: Annotated[str, typer.Option()] = "127.0.0.1",
     port: Annotated[int, typer.Option()] = 8080,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="FOREWORD_API_KEY", help="Any of them opens the front.")
+    ] = None,
 ) -> None:
     """Serve the base and every prefix of a folder as OpenAI models, on a running vLLM.
 
@@ -189,7 +198,7 @@ def main(
         tokenizer.vocab_size - 1,
         httpx.AsyncClient(base_url=upstream, timeout=TIMEOUT),
     )
-    uvicorn.run(make_app(front), host=host, port=port)
+    uvicorn.run(make_app(front, api_key or ()), host=host, port=port)
 
 
 if __name__ == "__main__":

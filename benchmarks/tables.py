@@ -14,7 +14,15 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/choosing.md", "docs/dynamic.md", "docs/forgetting.md", "docs/joint.md", "docs/scaling.md")
+PAGES = (
+    "README.md",
+    "docs/choosing.md",
+    "docs/dynamic.md",
+    "docs/forgetting.md",
+    "docs/joint.md",
+    "docs/scaling.md",
+    "docs/tasks/README.md",
+)
 Record = dict[str, Any]
 
 
@@ -91,6 +99,26 @@ def described(settings: Record) -> str:
     return f"{ {'step': 'training step', 'memory': 'memory of training', 'generation': 'decoding'}[kind] }, {behind}"
 
 
+METRICS = {"classify": "accuracy", "regress": "pearson", "label": "f1", "answer": "f1", "generate": "bleu"}
+
+
+def tasks() -> Iterator[str]:
+    """Each task on each base: the bare base, a prefix and LoRA."""
+    yield "| task | data | base | metric | zero-shot | prefix | LoRA | numbers trained: prefix, LoRA |"
+    yield "|---|---|---|---|---|---|---|---|"
+    cells = grouped(records("tasks"), "task", "base")
+    for (task, base), runs in sorted(cells.items(), key=lambda item: [*METRICS].index(item[0][0])):
+        by_method = {run["experiment"]["method"]: run for run in runs}
+        if set(by_method) != {"prefix", "lora"}:
+            continue
+        metric = METRICS[task]
+        prefix, lora = by_method["prefix"], by_method["lora"]
+        zero = f"{prefix['zero_shot'][metric]:.3f}" if prefix["zero_shot"] else ""
+        values = f"{zero} | {prefix['test'][metric]:.3f} | {lora['test'][metric]:.3f}"
+        numbers = f"{prefix['parameters']:,}, {lora['parameters']:,}"
+        yield f"| {task} | {prefix['experiment']['data']} | {base} | {metric} | {values} | {numbers} |"
+
+
 def dynamic() -> Iterator[str]:
     """Validation accuracy of dynamic prefixes beside the static one, by data set."""
     yield "| data | prefix | validation accuracy (mean) | each seed | validation loss (mean) | trained parameters |"
@@ -156,6 +184,7 @@ TABLES = {
     "ag_news": ag_news,
     "lengths": lengths,
     "compared": compared,
+    "tasks": tasks,
     "dynamic": dynamic,
     "forgetting": forgetting,
     "joint": joint,

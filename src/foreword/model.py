@@ -21,6 +21,7 @@ from .attention import Kernel
 from .bases import base_of, quantisation
 from .dynamic import Dynamic, make_dynamic, pool
 from .errors import InputError
+from .folder import Folder
 from .forms import Direct, Finished, Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
 from .prompts import Prompt, Prompted, find_prompt
@@ -64,6 +65,7 @@ class PrefixModel(nn.Module):
         self.headers: dict[str, dict[str, Any]] = {}
         self.active: str | None = None
         self._padded = False
+        self._folder: Folder | None = None
         self.parts = nn.ModuleDict()  # what `foreword.combine` puts on the base, and its settings
         self.combined: dict[str, Any] = {}
         self._prompts: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()  # of caches, for dynamic prefixes
@@ -132,6 +134,14 @@ class PrefixModel(nn.Module):
         self.configs[name] = replace(config, length=form.length)
         self.forms[name], self.active = form, name
         return form
+
+    def attach(self, folder: str | Path, memory: int = 1 << 30) -> Folder:
+        """From now on calls may name every prefix in `folder`, one directory each, without its being loaded before.
+
+        memory: bytes of keys and values that may stay in memory between calls; the least recently named leave.
+        """
+        self._folder = Folder(self, folder, memory)
+        return self._folder
 
     def remove(self, name: str) -> None:
         """Drop a prefix from the bank."""
@@ -313,7 +323,10 @@ class PrefixModel(nn.Module):
         """One name for all rows or each row's own, and every prefix among them once."""
         prefix = self.active if prefix is ACTIVE else prefix
         names = [prefix] if isinstance(prefix, str) or prefix is None else list(prefix)
-        return names, list(dict.fromkeys(name for name in names if name is not None))
+        chosen = list(dict.fromkeys(name for name in names if name is not None))
+        if self._folder is not None:
+            self._folder.fetch(chosen)
+        return names, chosen
 
     def _prompted(self, names: list[str | None], chosen: list[str], mask: Tensor | None, once: bool) -> Prompted:
         """The batch's prefix where some of it is made from the prompt."""

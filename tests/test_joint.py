@@ -111,9 +111,16 @@ def test_an_interrupted_run_goes_on_to_the_same_tensors(
         train_jointly(part)
     with pytest.raises(InputError, match="a run of several tasks; resume it with foreword joint"):
         unfinished_config(part.output)
+    with pytest.raises(InputError, match="a run of several tasks; resume it with foreword joint"):
+        train(replace(part.tasks["kind"], output=part.output), resume=True)
     with pytest.raises(InputError, match="was started with another ratios; resume it unchanged"):
         train_jointly(replace(part, ratios={"kind": 2.0}), resume=True)
     train_jointly(part, resume=True)
+    one = replace(part.tasks["kind"], output=tmp_path / "one")
+    with interrupted_at_step(4, monkeypatch), pytest.raises(RunError):
+        train(one)
+    with pytest.raises(InputError, match="a run of one task; resume it with foreword train"):
+        train_jointly(replace(part, output=one.output), resume=True)
     for name in whole.tasks:
         expected, own = tensors(whole.output / name), tensors(part.output / name)
         assert all(torch.equal(own[key], expected[key]) for key in expected)

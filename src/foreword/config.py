@@ -152,12 +152,13 @@ def claim(config: Run, running: Path) -> None:
 
 
 def unfinished_config(output: Path) -> TrainConfig | None:
-    """The settings of the run that `output` holds unfinished, if it does. Raises InputError for a run of several
-    tasks."""
+    """The settings of the run of one task that `output` holds unfinished, if it does. Raises InputError for a run of
+    several."""
     saved = _unfinished(output)
-    if saved is not None and "tasks" in saved:
-        raise InputError(f"{output} holds a run of several tasks; resume it with foreword joint.")
-    return None if saved is None else TrainConfig.from_dict(saved)
+    if saved is None:
+        return None
+    _check_kind(saved, output, several=False)
+    return TrainConfig.from_dict(saved)
 
 
 def _unfinished(output: Path) -> dict[str, Any] | None:
@@ -165,9 +166,16 @@ def _unfinished(output: Path) -> dict[str, Any] | None:
     return json.loads(saved.read_text()) if saved.is_file() else None
 
 
+def _check_kind(saved: dict[str, Any], output: Path, several: bool) -> None:
+    if several != ("tasks" in saved):
+        kind, command = ("one task", "train") if several else ("several tasks", "joint")
+        raise InputError(f"{output} holds a run of {kind}; resume it with foreword {command}.")
+
+
 def _check_same(saved: dict[str, Any], config: Run) -> None:
     asked = json.loads(json.dumps(config.to_dict()))
-    differing = [name for name in asked if name != "output" and saved.get(name) != asked[name]]
+    _check_kind(saved, config.output, "tasks" in asked)
+    differing = [name for name in saved if name != "output" and saved[name] != asked.get(name)]
     if differing:
         raise InputError(
             f"the run in {config.output} was started with another {', '.join(differing)}; resume it unchanged."

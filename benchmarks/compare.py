@@ -219,44 +219,81 @@ def speeds(calls: dict[str, Callable[[], Any]], settings: Settings) -> dict[str,
 
 
 def accuracy(settings: Settings) -> dict[str, Any]:
-    """Every method at each of its learning rates (foreword: its own default alone), over seeds, on the test rows."""
+    """Test accuracy, over seeds, of every method at the learning rate that is best on the validation rows of the first
+    seed (foreword: at its own default alone).
+
+    A run is a file of its own beside the result, so that an experiment of hours can be stopped, and shared by several
+    processes, each with its `--methods`.
+    """
     base, tokenizer = load(settings)
-    test = batches(base, tokenizer, settings, sorted(read(settings, "test"), key=lambda row: -len(row["text"])))
+    splits = {name: longest_first(settings, name) for name in ("validation", "test")}
+    rows = {name: batches(base, tokenizer, settings, found) for name, found in splits.items()}
+    folder = HERE / "results" / "compare" / settings["name"]
+    folder.mkdir(parents=True, exist_ok=True)
     runs = []
+
+    def at(name: str, rate: float | None, seed: int, best: float) -> dict[str, Any]:
+        path = folder / f"{name}-{'default' if rate is None else f'{rate:g}'}-{seed}.json"
+        if not path.exists():
+            run = trained(name, rate, seed, base, tokenizer, settings, rows, best)
+            path.write_text(json.dumps({**run, "commit": commit()}, indent=1) + "\n")
+            say(f"{name} at {run['learning_rate']:g}, seed {seed}: {run['validation']} {run['test']}")
+        return json.loads(path.read_text())
+
     for name in settings["methods"]:
-        own = name.startswith("foreword")
-        for rate in [None] if own else settings["learning_rates"][name]:
-            for seed in range(settings["seeds"]):
-                runs.append(trained(name, rate, seed, base, tokenizer, settings, test))
-                say(f"{name} at {runs[-1]['learning_rate']:g}, seed {seed}: {runs[-1]['accuracy']}")
+        rates = [None] if name.startswith("foreword") else settings["learning_rates"][name]
+        first: list[dict[str, Any]] = []
+        for rate in rates:
+            first.append(at(name, rate, 0, max((run["validation"] for run in first), default=-1.0)))
+        best = max(first, key=lambda run: run["validation"])
+        rate = rates[first.index(best)]
+        runs += [*first, *(at(name, rate, seed, -1.0) for seed in range(1, settings["seeds"]))]
     return {"runs": runs}
 
 
+def longest_first(settings: Settings, split: str) -> list[dict[str, str]]:
+    count = settings["validation_rows"] if split == "validation" else None
+    return sorted(read(settings, split)[:count], key=lambda row: -len(row["text"]))
+
+
 def trained(
-    name: str, rate: float | None, seed: int, base: Any, tokenizer: Any, settings: Settings, test: list[Batch]
+    name: str,
+    rate: float | None,
+    seed: int,
+    base: Any,
+    tokenizer: Any,
+    settings: Settings,
+    rows: dict[str, list[Batch]],
+    best: float,
 ) -> dict[str, Any]:
+    """One run; it is tested where it is above `best` on the validation rows, and of foreword's half-way too."""
     torch.manual_seed(seed)
     method = made(name, base, tokenizer, settings)
     rate = rate or method.learning_rate
     assert rate is not None
-    rows = shuffled(settings, seed, settings["batch_size"] * settings["steps"])
-    work = batches(base, tokenizer, settings, rows)
+    work = batches(base, tokenizer, settings, shuffled(settings, seed, settings["batch_size"] * settings["steps"]))
     optimizer = torch.optim.AdamW(method.parameters(), rate, weight_decay=0.0)
     warm = max(1, len(work) // 10)
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm)
     down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, down], [warm])
-    losses, scores = [], {}
+    losses, test = [], {}
     for i, batch in enumerate(work, 1):
         losses.append(one_step(method, optimizer, batch))
         schedule.step()
-        if i in settings["test_at"] or i == len(work):
-            scores[i] = score(method, test)
+        if i in settings["test_at"] and name.startswith("foreword"):
+            test[str(i)] = score(method, rows["test"])
+        if i % 10 == 0:
+            say(f"{name} at {rate:g}, seed {seed}: step {i} of {len(work)}, loss {mean(losses[-10:]):.3f}")
+    validation = score(method, rows["validation"])
+    if validation > best:
+        test[str(len(work))] = score(method, rows["test"])
     return {
         "method": name,
         "learning_rate": rate,
         "seed": seed,
-        "accuracy": scores,
+        "validation": validation,
+        "test": test,
         "losses": losses,
         "parameters": sum(p.numel() for p in method.parameters()),
     }
@@ -288,18 +325,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-folder", required=True, help="holds ag_news/train.jsonl and the like")
     parser.add_argument("--only", default="", help="only experiments whose name holds this")
+    parser.add_argument("--methods", default="", help="accuracy: only these, with commas between; no result is written")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name, settings in experiments(arguments.only):
         path = HERE / "results" / "compare" / f"{name}.json"
         asked = {**settings, "threads": arguments.threads}
+        if arguments.methods:
+            accuracy({**asked, "folder": arguments.data_folder, "methods": arguments.methods.split(","), "name": name})
+            continue
         if path.exists() and json.loads(path.read_text())["settings"] == asked:
             say(f"{name}: done before with the same settings")
             continue
         say(f"{name}:")
         began, at = time.monotonic(), commit()
-        found = KINDS[settings["kind"]]({**asked, "folder": arguments.data_folder})
+        found = KINDS[settings["kind"]]({**asked, "folder": arguments.data_folder, "name": name})
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "commit": at,

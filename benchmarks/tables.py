@@ -88,6 +88,23 @@ def compared() -> Iterator[str]:
             yield f"| {described(record['settings'])} | {' | '.join(cells)} |"
 
 
+def budgets() -> Iterator[str]:
+    """Accuracy after a budget of steps: each method at its best learning rate, over seeds."""
+    yield "| method | learning rate | validation accuracy | test accuracy (mean) | each seed | numbers trained |"
+    yield "|---|---|---|---|---|---|"
+    for record in records("compare"):
+        if record["settings"]["kind"] != "accuracy":
+            continue
+        for name in record["settings"]["methods"]:
+            runs = [run for run in record["runs"] if run["method"] == name]
+            best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])
+            chosen = [run for run in runs if run["learning_rate"] == best["learning_rate"]]
+            found = [run["test"][str(record["settings"]["steps"])] for run in chosen]
+            each = ", ".join(f"{value:.3f}" for value in found)
+            facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
+            yield f"| {name} | {facts} | {best['parameters']:,} |"
+
+
 def described(settings: Record) -> str:
     """An experiment of compare.py in words."""
     rows, long = settings["batch_size"], settings["row_tokens"]
@@ -184,6 +201,7 @@ TABLES = {
     "ag_news": ag_news,
     "lengths": lengths,
     "compared": compared,
+    "budgets": budgets,
     "tasks": tasks,
     "dynamic": dynamic,
     "forgetting": forgetting,

@@ -17,8 +17,8 @@ from foreword.forms import PrefixConfig
 RESULTS = Path(__file__).parent / "results" / "dynamic"
 PREFIXES = ("static", "low_rank", "mixture", "gates")
 TASKS: dict[str, dict[str, Any]] = {
-    "banking77": {"train_rows": 1600, "head_learning_rate": 1e-2, "save_steps": 50},
-    "ag_news": {"train_rows": 640, "save_steps": 40},
+    "banking77": {"train_rows": 1600, "head_learning_rate": 1e-2, "max_length": 32, "save_steps": 50},
+    "ag_news": {"train_rows": 640, "max_length": 40, "save_steps": 40},
 }
 
 
@@ -30,7 +30,6 @@ def run(data: str, prefix: str, seed: int, folder: Path) -> None:
         prefix=PrefixConfig(dynamic=None if prefix == "static" else prefix),  # type: ignore[arg-type]
         validation_rows=500,
         test_rows=50 if data == "ag_news" else 77,  # chosen by validation; the test rows are not looked at
-        max_length=40,
         zero_shot=False,
         seed=seed,
         **TASKS[data],

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from foreword import InputError, PrefixClassifier, PrefixModel, load, load_base
-from foreword.tasks.template import derive_label_words, make_settings
+from foreword.tasks.template import default_instruction, derive_label_words, make_settings
 
 TEXTS = [text for text, _ in ROWS]
 SMALL = {"vocab_size": 400, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
@@ -130,3 +130,9 @@ def test_an_encoder_s_label_words_need_a_mask(bases: dict[str, Path]) -> None:
     model = PrefixModel(*load_base(str(bases["bert"])))
     with pytest.raises(InputError, match=r"need .mask. once"):
         make_settings(model, ["animal", "tool"], template="{text}")
+
+
+def test_the_instruction_names_the_labels_unless_they_are_many() -> None:
+    assert default_instruction(["a", "b"]) == "Read the text and say which category it belongs to: a, b.\n\n"
+    many = default_instruction([f"label {i}" for i in range(77)])
+    assert many == "Read the text and say which of 77 categories it belongs to.\n\n"

@@ -13,6 +13,8 @@ from ..model import PrefixModel
 from .encoding import MASK, check_template
 from .task import Settings
 
+NAMED_LABELS = 20
+
 
 @dataclass(frozen=True)
 class ClassifySettings(Settings):
@@ -35,7 +37,10 @@ class ClassifySettings(Settings):
 
 
 def default_instruction(labels: Sequence[str]) -> str:
-    """The instruction that training starts from when the user writes none."""
+    """The instruction that training starts from when the user writes none: it names the labels, unless they are so many
+    that their names would make the prefix long and every step slow."""
+    if len(labels) > NAMED_LABELS:
+        return f"Read the text and say which of {len(labels)} categories it belongs to.\n\n"
     return f"Read the text and say which category it belongs to: {', '.join(labels)}.\n\n"
 
 

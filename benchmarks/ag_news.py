@@ -65,11 +65,19 @@ def record(path: Path, experiment: dict[str, object], **settings: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(output=Path(folder) / "prefix", **settings)
         summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
-    del summary["settings"]["data"]  # a path of the machine it ran on
+    summary = shortened(summary)
     found = {"experiment": experiment, **summary, "commit": began_at, "hardware": hardware()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps({**experiment, **summary["test"]}), flush=True)
+
+
+def shortened(summary: dict[str, Any]) -> dict[str, Any]:
+    """What a run found, without paths of the machine it ran on, and without a table per label where labels are many."""
+    settings = {key: value for key, value in summary["settings"].items() if key != "data"}
+    many = len(summary.get("per_label", ())) > 20
+    kept = {key: value for key, value in summary.items() if not (many and key in ("per_label", "confusion"))}
+    return {**kept, "settings": settings}
 
 
 def main() -> None:

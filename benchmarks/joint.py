@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ag_news import commit, hardware, record
+from ag_news import commit, hardware, record, shortened
 
 from foreword.joint import JointConfig, train_jointly
 from foreword.train import TrainConfig
@@ -44,9 +44,7 @@ def together(seed: int, data: Path) -> None:
         tasks = {n: replace(run, output=output / n, data=str(data / n), **own) for n, own in TASKS.items()}
         config = JointConfig(output, tasks, ratios={})
         result = train_jointly(config, say=lambda line: print(line, file=sys.stderr, flush=True))
-    found = {name: dict(task.summary) for name, task in result.tasks.items()}
-    for summary in found.values():
-        summary["settings"] = {key: value for key, value in summary["settings"].items() if key != "data"}
+    found = {name: shortened(task.summary) for name, task in result.tasks.items()}
     facts = {"experiment": {"run": "together", "seed": seed}, "tasks": found, "commit": began_at}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**facts, "hardware": hardware()}, indent=1) + "\n")

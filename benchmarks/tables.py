@@ -215,7 +215,8 @@ def filled(page: str) -> str:
     """The page with every table that it has markers for made anew."""
     for name, table in TABLES.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        made = f"{begin}\n\n" + "\n".join(table()) + f"\n\n{end}"
+        lines = list(table())
+        made = "\n\n".join([begin, *(["\n".join(lines)] if len(lines) > 2 else []), end])  # a head alone says nothing
         page = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, made=made: made, page, flags=re.DOTALL)
     return page
 

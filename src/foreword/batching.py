@@ -101,11 +101,16 @@ class InterleavedSampler(Sampler[int]):
     def __len__(self) -> int:
         return sum(self.counts) * self.batch_size
 
+    @property
+    def order(self) -> list[int]:
+        """Which set each batch of an epoch is of."""
+        places = sorted(((j + 0.5) / count, i) for i, count in enumerate(self.counts) for j in range(count))
+        return [i for _, i in places]
+
     def __iter__(self) -> Iterator[int]:
-        order = sorted(((j + 0.5) / count, i) for i, count in enumerate(self.counts) for j in range(count))
         drawn = [self._drawn(part, count) for part, count in zip(self.parts, self.counts, strict=True)]
         starts = np.cumsum([0, *map(len, self.parts)]).tolist()
-        for _, i in order:
+        for i in self.order:
             for _ in range(self.batch_size):
                 yield starts[i] + next(drawn[i])
 

@@ -1,9 +1,10 @@
 """Several tasks trained at once on one base: each has a prefix of its own, behind a part that all share if asked for.
 
-Every step is a batch of one task, and the tasks' batches are evenly spaced, so that each task sees its rows in the
-order, and at the point of the schedule, that it would alone. What a task does not share gets a gradient, and moves, in
-its own steps alone. While it runs, OUTPUT/training holds its state; at the end OUTPUT holds a finished prefix per task,
-which is a folder that `foreword serve --prefixes` takes.
+Every step is a batch of one task, and the tasks' batches are evenly spaced. Each task sees its rows in the order that
+it would alone, and what it does not share gets a gradient, and moves, in its own steps alone, at the learning rate that
+such a step would have alone: but for a shared part, a task ends where it would by itself. While it runs,
+OUTPUT/training holds its state; at the end OUTPUT holds a finished prefix per task, which is a folder that
+`foreword serve --prefixes` takes.
 
 A shared part before the tasks' own is the decomposition of Wang et al. 2023 (arXiv:2303.02861, section 3.1) with the
 two put one behind the other instead of multiplied.
@@ -11,6 +12,8 @@ two put one behind the other instead of multiplied.
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from . import files, processes
 from .batching import Rows, SeveralRows
@@ -133,6 +137,13 @@ class JointTask(nn.Module):
 
     def _task(self, number: int) -> PrefixTask:
         return cast(PrefixTask, self.tasks[number])
+
+    def owner(self, part: str) -> int | None:
+        """The task whose own parameters have this in their names, as `make_trainer` names them."""
+        named = re.fullmatch(r"tasks\.(\d+)\.head\.|\.forms\.([\w-]+)\.", part)
+        if named is None:
+            return None
+        return int(named[1]) if named[1] else self.names.index(named[2])
 
     def forward(self, task: int, **batch: Any) -> dict[str, Tensor]:
         return self.tasks[task](**batch, prefix=self.names[task])
@@ -254,6 +265,34 @@ def build_jointly(config: JointConfig, data: Mapping[str, Data]) -> JointTask:
     return JointTask(tasks)
 
 
+class JointTrainer(PrefixTrainer):
+    """PrefixTrainer in which what belongs to one task follows the schedule by that task's own steps."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        rows, size = cast(SeveralRows, self.train_dataset), self.args.gradient_accumulation_steps
+        order = rows.sampler(self.args.train_batch_size, self.args.seed).order
+
+        def done(task: int, step: int) -> float:
+            """Of a task, after so many steps of the run: its own steps."""
+            epochs, rest = divmod(step * size, len(order))
+            return (epochs * order.count(task) + order[:rest].count(task)) / size
+
+        for i, group in enumerate(scheduler.optimizer.param_groups):
+            task = cast(JointTask, self.model).owner(group.get("part", ""))
+            if task is None or not hasattr(scheduler, "lr_lambdas"):
+                continue
+            steps = math.ceil(done(task, num_training_steps))
+            alone = get_scheduler(
+                self.args.lr_scheduler_type,
+                torch.optim.SGD([torch.zeros(1)]),
+                num_warmup_steps=self.args.get_warmup_steps(steps),
+                num_training_steps=steps,
+            )
+            scheduler.lr_lambdas[i] = lambda step, task=task, rate=alone.lr_lambdas[0]: rate(done(task, step))
+        return scheduler
+
+
 def make_trainer(
     config: JointConfig, joint: JointTask, rows: Sequence[Rows], validation: dict[str, Rows]
 ) -> PrefixTrainer:
@@ -268,7 +307,7 @@ def make_trainer(
             rates[f".forms.{name}.shared."] = learning_rate(replace(run, prefix=config.shared, learning_rate=None))
         rates[f".forms.{name}."] = learning_rate(config.tasks[name])
     batches = len(together.sampler(run.batch_size, run.seed)) // run.batch_size
-    trainer = PrefixTrainer(
+    trainer = JointTrainer(
         joint,
         run_arguments(run, batches, config.output / "training"),
         learning_rates=rates,

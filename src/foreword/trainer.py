@@ -249,7 +249,8 @@ class PrefixTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's AdamW and weight decay, with groups of their own where `learning_rates` names parameters."""
+        """Trainer's AdamW and weight decay, with groups of their own where `learning_rates` names parameters, the name
+        as the group's `part`."""
         fresh, optimizer = self.optimizer is None, super().create_optimizer(model)
         if not fresh or not self.learning_rates:
             return optimizer
@@ -259,13 +260,15 @@ class PrefixTrainer(Trainer):
             if not any(part in name for name in names.values()):
                 raise InputError(f"A learning rate for {part} was given, but no trainable parameter is named {part!r}.")
         for group in list(optimizer.param_groups):
-            by_rate: dict[float | None, list[nn.Parameter]] = {None: []}
+            by_part: dict[str | None, list[nn.Parameter]] = {None: []}
             for p in group["params"]:
-                rate = next((rate for part, rate in self.learning_rates.items() if part in names[id(p)]), None)
-                by_rate.setdefault(rate, []).append(p)
-            group["params"] = by_rate.pop(None)
-            for rate, params in by_rate.items():
-                optimizer.add_param_group({**group, "params": params, "lr": rate})
+                named = next((part for part in self.learning_rates if part in names[id(p)]), None)
+                by_part.setdefault(named, []).append(p)
+            group["params"] = by_part.pop(None)
+            for named, params in by_part.items():
+                assert named is not None
+                own = {"params": params, "lr": self.learning_rates[named], "part": named}
+                optimizer.add_param_group({**group, **own})
         return optimizer
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ag_news import commit, hardware
+from ag_news import commit, hardware, shortened
 
 from foreword import load
 from foreword.drift import measured_drift
@@ -40,10 +40,11 @@ def run(keep: float, data: str) -> None:
         )
         summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
         found = measured_drift(load(config.output).model, seed=0)
-    del summary["settings"]["data"]  # a path of the machine it ran on
     facts = {"measured_drift": found, "commit": began_at, "hardware": hardware()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"experiment": {"keep": keep, "seed": 0}, **summary, **facts}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"experiment": {"keep": keep, "seed": 0}, **shortened(summary), **facts}, indent=1) + "\n"
+    )
     print(json.dumps({"keep": keep, "drift": found, **summary["test"]}), flush=True)
 
 

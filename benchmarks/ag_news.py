@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,30 @@ def run(form: str, start: str, seed: int, arguments: argparse.Namespace) -> None
     )
 
 
-def record(path: Path, experiment: dict[str, object], **settings: Any) -> None:
-    """Train with these settings of TrainConfig and write what was found to `path`, unless it is there already."""
+def record(
+    path: Path,
+    experiment: dict[str, object],
+    also: Callable[[Path], dict[str, Any]] = lambda saved: {},
+    **settings: Any,
+) -> None:
+    """Train with these settings of TrainConfig and write what was found to `path`, unless it is there already.
+
+    also: what more to find out about the saved prefix."""
     if path.exists():
         return
     began_at = commit()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(output=Path(folder) / "prefix", **settings)
         summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
-    summary = shortened(summary)
-    found = {"experiment": experiment, **summary, "commit": began_at, "hardware": hardware()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+        summary |= also(config.output)
+    write(path, {"experiment": experiment, **shortened(summary)}, began_at)
     print(json.dumps({**experiment, **summary["test"]}), flush=True)
+
+
+def write(path: Path, found: dict[str, Any], began_at: str) -> None:
+    """What a run found, with the commit at which it began and the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**found, "commit": began_at, "hardware": hardware()}, indent=1) + "\n")
 
 
 def shortened(summary: dict[str, Any]) -> dict[str, Any]:

@@ -333,7 +333,9 @@ def main() -> None:
         path = HERE / "results" / "compare" / f"{name}.json"
         asked = {**settings, "threads": arguments.threads}
         if arguments.methods:
-            accuracy({**asked, "folder": arguments.data_folder, "methods": arguments.methods.split(","), "name": name})
+            if settings["kind"] == "accuracy":
+                given = {"folder": arguments.data_folder, "methods": arguments.methods.split(","), "name": name}
+                accuracy({**asked, **given})
             continue
         if path.exists() and json.loads(path.read_text())["settings"] == asked:
             say(f"{name}: done before with the same settings")

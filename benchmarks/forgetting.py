@@ -7,45 +7,31 @@ One JSON file per weight of `--keep` under benchmarks/results/forgetting; a run 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
-import tempfile
 from pathlib import Path
 
-from ag_news import commit, hardware, shortened
+from ag_news import record
 
 from foreword import load
 from foreword.drift import measured_drift
-from foreword.train import TrainConfig, train
 
 RESULTS = Path(__file__).parent / "results" / "forgetting"
 WEIGHTS = (0.0, 0.1, 1.0)
 
 
 def run(keep: float, data: str) -> None:
-    path, began_at = RESULTS / f"{keep:g}.json", commit()
-    if path.exists():
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            Path(folder) / "prefix",
-            data=data,
-            keep=keep,
-            train_rows=640,
-            validation_rows=50,
-            test_rows=500,
-            max_length=40,
-            save_steps=20,
-            zero_shot=False,
-        )
-        summary = train(config, say=lambda line: print(line, file=sys.stderr, flush=True)).summary
-        found = measured_drift(load(config.output).model, seed=0)
-    facts = {"measured_drift": found, "commit": began_at, "hardware": hardware()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps({"experiment": {"keep": keep, "seed": 0}, **shortened(summary), **facts}, indent=1) + "\n"
+    record(
+        RESULTS / f"{keep:g}.json",
+        {"keep": keep, "seed": 0},
+        also=lambda saved: {"measured_drift": measured_drift(load(saved).model, seed=0)},
+        data=data,
+        keep=keep,
+        train_rows=640,
+        validation_rows=50,
+        test_rows=500,
+        max_length=40,
+        save_steps=20,
+        zero_shot=False,
     )
-    print(json.dumps({"keep": keep, "drift": found, **summary["test"]}), flush=True)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ag_news import commit, hardware, record, shortened
+from ag_news import commit, record, shortened, write
 
 from foreword.joint import JointConfig, train_jointly
 from foreword.train import TrainConfig
@@ -45,9 +45,7 @@ def together(seed: int, data: Path) -> None:
         config = JointConfig(output, tasks, ratios={})
         result = train_jointly(config, say=lambda line: print(line, file=sys.stderr, flush=True))
     found = {name: shortened(task.summary) for name, task in result.tasks.items()}
-    facts = {"experiment": {"run": "together", "seed": seed}, "tasks": found, "commit": began_at}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**facts, "hardware": hardware()}, indent=1) + "\n")
+    write(path, {"experiment": {"run": "together", "seed": seed}, "tasks": found}, began_at)
     print(json.dumps({name: summary["test"] for name, summary in found.items()}), flush=True)
 
 

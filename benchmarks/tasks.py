@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ag_news import commit, hardware
+from ag_news import commit, write
 from small_bases import flan_t5, minilm
 
 from foreword import defaults
@@ -78,9 +78,7 @@ def run(task: str, base: str, method: str, data: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = METHODS[method](config(task, base, Path(folder) / "run", data))
     experiment = {"task": task, "base": base, "method": method, "data": TASKS[task]["data"]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"budget": {**BUDGET, **TASKS[task]}, "commit": began_at, "hardware": hardware()}
-    path.write_text(json.dumps({"experiment": experiment, **found, **facts}, indent=1) + "\n")
+    write(path, {"experiment": experiment, **found, "budget": {**BUDGET, **TASKS[task]}}, began_at)
     print(json.dumps({**experiment, **found["test"]}), flush=True)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import InputError
 from .forms import Finished
-from .kv import KVPrefix, SiteKV
+from .kv import KVPrefix, SiteKV, joined
 from .model import PrefixModel
 from .sites import Site, keys_at, vocabulary_size
 from .worth import rises
@@ -36,11 +36,7 @@ def concatenate(model: PrefixModel, names: Sequence[str]) -> KVPrefix:
         raise InputError("prefixes that differ in `positions` or `window` cannot be concatenated.")
     starts = [sum(kv.length for kv in kvs[:i]) for i in range(len(kvs))]
     moved = [moved_by(model, names[0], kv, torch.full((kv.length,), at)) for kv, at in zip(kvs, starts, strict=True)]
-    joined = {
-        name: SiteKV(*(torch.cat(parts, 2) for parts in zip(*(kv.sites[name] for kv in moved), strict=True)))
-        for name in kvs[0].sites
-    }
-    return KVPrefix(joined)
+    return joined(moved)
 
 
 def interpolate(model: PrefixModel, a: str, b: str, weight: float) -> KVPrefix:

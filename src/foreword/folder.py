@@ -27,7 +27,10 @@ class Folder:
 
     def names(self) -> list[str]:
         """What there is to name."""
-        return sorted(p.name for p in self._path.iterdir() if (p / files.HEADER).is_file())
+        return sorted(p.name for p in self._path.iterdir() if self._holds(p.name))
+
+    def _holds(self, name: str) -> bool:
+        return Path(name).name == name and (self._path / name / files.HEADER).is_file()
 
     def fetch(self, names: Sequence[str]) -> None:
         """See that the model holds these of the folder's prefixes. What is no name of the folder is left alone.
@@ -36,7 +39,7 @@ class Folder:
         """
         active = self._model.active
         for name in names:
-            if name not in self._model.forms and name in self.names():
+            if name not in self._model.forms and self._holds(name):
                 self._model.load(self._path / name, name)
                 sites = self._model.kv(name).sites.values()
                 self._held[name] = sum(t.numel() * t.element_size() for site in sites for t in site)

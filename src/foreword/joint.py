@@ -13,11 +13,11 @@ two put one behind the other instead of multiplied.
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from .config import TrainConfig, check_output, claim
 from .data import Data
 from .errors import InputError
 from .forms import Form, PrefixConfig, make_form
-from .kv import KVPrefix, SiteKV
+from .kv import KVPrefix, SiteKV, joined
 from .model import NAME_PATTERN, PrefixModel
 from .progress import validations
 from .tasks.task import PrefixTask
@@ -138,13 +138,6 @@ class JointTask(nn.Module):
     def _task(self, number: int) -> PrefixTask:
         return cast(PrefixTask, self.tasks[number])
 
-    def owner(self, part: str) -> int | None:
-        """The task whose own parameters have this in their names, as `make_trainer` names them."""
-        named = re.fullmatch(r"tasks\.(\d+)\.head\.|\.forms\.([\w-]+)\.", part)
-        if named is None:
-            return None
-        return int(named[1]) if named[1] else self.names.index(named[2])
-
     def forward(self, task: int, **batch: Any) -> dict[str, Tensor]:
         return self.tasks[task](**batch, prefix=self.names[task])
 
@@ -177,15 +170,13 @@ class Behind(Form):
             self.register_buffer(f"turn_{i}", turn)
 
     def forward(self) -> KVPrefix:
-        shared, own = self.shared().sites, dict(self.own().sites)
+        shared, own = self.shared(), dict(self.own().sites)
         for i, name in enumerate(self._sites):
             if name in own:
                 own[name] = SiteKV(own[name].keys @ getattr(self, f"turn_{i}"), own[name].values)
-        if shared.keys() != own.keys():
+        if shared.sites.keys() != own.keys():
             raise InputError("the shared prefix enters other layers than a task's own; give both the same.")
-        return KVPrefix(
-            {n: SiteKV(*(torch.cat(parts, 2) for parts in zip(shared[n], own[n], strict=True))) for n in shared}
-        )
+        return joined([shared, KVPrefix(own)])
 
 
 def train_jointly(config: JointConfig, *, resume: bool = False, say: Say = lambda line: None) -> JointResult:
@@ -224,7 +215,6 @@ def train_jointly(config: JointConfig, *, resume: bool = False, say: Say = lambd
         facts = {
             "zero_shot": zero_shot[name],
             "validation": next(v["loss"] for v in losses if v["step"] == trainer.state.best_global_step),
-            "learning_rate": learning_rate(config.tasks[name]),
             "cut": cut[name],
             "validations": losses,
             "trained_with": [other for other in joint.names if other != name],
@@ -232,7 +222,7 @@ def train_jointly(config: JointConfig, *, resume: bool = False, say: Say = lambd
         }
         say(f"{name}:")
         own = replace(config.tasks[name], output=config.output / name)
-        results[name] = conclude(own, task, data[name], trainer, facts, time.monotonic() - began, say)
+        results[name] = conclude(own, task, data[name], trainer, facts, began, say)
     shutil.rmtree(running)
     return JointResult(config.output, results)
 
@@ -245,6 +235,7 @@ def build_jointly(config: JointConfig, data: Mapping[str, Data]) -> JointTask:
     """The tasks at their start, over one base."""
     tasks: dict[str, PrefixTask] = {}
     shared: Form | None = None
+    turned: dict[str, Tensor] = {}
     model: PrefixModel | None = None
     for name, task in config.tasks.items():
         tasks[name] = build(task, data[name], model, name)
@@ -256,30 +247,40 @@ def build_jointly(config: JointConfig, data: Mapping[str, Data]) -> JointTask:
         if shared is None:
             shared = make_form(config.shared, model.base, model.sites, model.tokenizer)
         after = model.configs[name].positions == "after"
-        turned = {site: turn.float() for site, turn in turns(model, shared.length).items()} if after else {}
+        if after and not turned:
+            turned = {site: turn.float() for site, turn in turns(model, shared.length).items()}
         own, own_config = model.form(name), model.configs[name]
         model.remove(name)
-        model.hold(name, Behind(shared, own, turned).to(model.device), own_config)
+        model.hold(name, Behind(shared, own, turned if after else {}).to(model.device), own_config)
         with torch.no_grad():
             model.kv(name)  # raises where the two do not fit
     return JointTask(tasks)
 
 
 class JointTrainer(PrefixTrainer):
-    """PrefixTrainer in which what belongs to one task follows the schedule by that task's own steps."""
+    """PrefixTrainer in which what belongs to one task follows the schedule by that task's own steps.
+
+    owners: the number of the task that each key of `learning_rates` belongs to; none for what several share.
+    """
+
+    def __init__(self, *args: Any, owners: Mapping[str, int], **kwargs: Any) -> None:
+        self.owners = owners
+        super().__init__(*args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         rows, size = cast(SeveralRows, self.train_dataset), self.args.gradient_accumulation_steps
         order = rows.sampler(self.args.train_batch_size, self.args.seed).order
+        # How many of the first batches of an epoch are a task's.
+        counts = {task: [0, *accumulate(i == task for i in order)] for task in set(self.owners.values())}
 
         def done(task: int, step: int) -> float:
             """Of a task, after so many steps of the run: its own steps."""
             epochs, rest = divmod(step * size, len(order))
-            return (epochs * order.count(task) + order[:rest].count(task)) / size
+            return (epochs * counts[task][-1] + counts[task][rest]) / size
 
         for i, group in enumerate(scheduler.optimizer.param_groups):
-            task = cast(JointTask, self.model).owner(group.get("part", ""))
+            task = self.owners.get(group.get("part", ""))
             if task is None or not hasattr(scheduler, "lr_lambdas"):
                 continue
             steps = math.ceil(done(task, num_training_steps))
@@ -299,18 +300,22 @@ def make_trainer(
     """The trainer of a run over these rows of each task; each task has the learning rate that it would have alone."""
     run = config.of_the_run
     together = SeveralRows(rows, [config.ratios.get(name, 1.0) for name in joint.names])
-    rates = {}
+    rates: dict[str, float] = {}
+    owners: dict[str, int] = {}
     for i, (name, task) in enumerate(joint.by_name.items()):
+        head, form = f"tasks.{i}.head.", f".forms.{name}."
         if task.head is not None:
-            rates[f"tasks.{i}.head."] = config.tasks[name].head_learning_rate
+            rates[head] = config.tasks[name].head_learning_rate
         if config.shared is not None and i == 0:  # a parameter of several modules is named in the first
-            rates[f".forms.{name}.shared."] = learning_rate(replace(run, prefix=config.shared, learning_rate=None))
-        rates[f".forms.{name}."] = learning_rate(config.tasks[name])
+            rates[f"{form}shared."] = learning_rate(replace(run, prefix=config.shared, learning_rate=None))
+        rates[form] = learning_rate(config.tasks[name])
+        owners |= {head: i, form: i}
     batches = len(together.sampler(run.batch_size, run.seed)) // run.batch_size
     trainer = JointTrainer(
         joint,
         run_arguments(run, batches, config.output / "training"),
         learning_rates=rates,
+        owners=owners,
         train_dataset=together,
         eval_dataset=validation,
         data_collator=joint.collate,

@@ -77,6 +77,15 @@ class KVPrefix:
         return KVPrefix(sites, self.lengths)
 
 
+def joined(prefixes: Sequence[KVPrefix]) -> KVPrefix:
+    """The prefixes one behind the other, as they are; for prefixes of the same sites, whose rows are of one length."""
+    sites = {
+        name: SiteKV(*(torch.cat(parts, 2) for parts in zip(*(p.sites[name] for p in prefixes), strict=True)))
+        for name in prefixes[0].sites
+    }
+    return KVPrefix(sites)
+
+
 def mix_rows(prefixes: Sequence[KVPrefix], rows: Sequence[int]) -> KVPrefix:
     """One prefix whose row r is `prefixes[rows[r]]`; shorter ones are padded at the end and `lengths` says where.
 

@@ -86,13 +86,12 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     facts = {
         "zero_shot": zero_shot,
         "validation": trainer.state.best_metric,
-        "learning_rate": trainer.args.learning_rate,
         "cut": cut,
         "validations": validations(trainer.state.log_history),
     }
     if config.keep:
         facts["drift"] = measured_drift(task.model, config.seed)
-    return conclude(config, task, data, trainer, facts, time.monotonic() - began, say)
+    return conclude(config, task, data, trainer, facts, began, say)
 
 
 def conclude(
@@ -101,18 +100,16 @@ def conclude(
     data: Data,
     trainer: PrefixTrainer,
     facts: dict[str, Any],
-    seconds: float,
+    began: float,
     say: Say,
 ) -> TrainResult:
     """Test the active prefix, and save it to the output with `facts` and what the trainer knows of the run.
 
-    seconds: since this process began.
+    began: when this process did, by the monotonic clock.
     """
     say(f"Testing on {len(data.test)} rows.")
-    began = time.monotonic()
     results = _predictions(config, task, data.test, say)
     report = task.report(data.test, results)
-    seconds += time.monotonic() - began
     summary = {
         "test": report.pop("metrics"),
         **report,
@@ -120,11 +117,12 @@ def conclude(
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
         "parameters": task.model.count(),
+        "learning_rate": learning_rate(config),
         "rows": {name: len(getattr(data, name)) for name in SPLITS},
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": {
             "training": round(trainer.seconds, 1),
-            "total": round(seconds + trainer.seconds - trainer.seconds_here, 1),
+            "total": round(time.monotonic() - began + trainer.seconds - trainer.seconds_here, 1),
         },
         "settings": {key: value for key, value in config.to_dict().items() if key != "output"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -292,12 +290,13 @@ def zero_shot_figures(
 def _keeping(config: TrainConfig, model: PrefixModel, running: Path) -> Callable[[int], Tensor]:
     """The term that keeps the prefix near the base; its texts stay beside the checkpoints."""
     kept = running / "own-texts.json"
-    if not kept.is_file():
+    if kept.is_file():
+        texts = torch.tensor(json.loads(kept.read_text()), device=model.device)
+    else:
         texts = own_texts(model, config.seed)
-        if not processes.first():
-            return keeping(model, texts, config.keep)
-        write_json(kept, texts.tolist())
-    return keeping(model, torch.tensor(json.loads(kept.read_text()), device=model.device), config.keep)
+        if processes.first():
+            write_json(kept, texts.tolist())
+    return keeping(model, texts, config.keep)
 
 
 def resume_point(running: Path) -> str | None:

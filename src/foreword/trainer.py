@@ -256,18 +256,18 @@ class PrefixTrainer(Trainer):
             return optimizer
         named = (model if model is not None else self.model).named_parameters()
         names = {id(p): name for name, p in named if p.requires_grad}
-        for part in self.learning_rates:
-            if not any(part in name for name in names.values()):
-                raise InputError(f"A learning rate for {part} was given, but no trainable parameter is named {part!r}.")
+        for key in self.learning_rates:
+            if not any(key in name for name in names.values()):
+                raise InputError(f"A learning rate for {key} was given, but no trainable parameter is named {key!r}.")
         for group in list(optimizer.param_groups):
             by_part: dict[str | None, list[nn.Parameter]] = {None: []}
             for p in group["params"]:
-                named = next((part for part in self.learning_rates if part in names[id(p)]), None)
-                by_part.setdefault(named, []).append(p)
+                part = next((key for key in self.learning_rates if key in names[id(p)]), None)
+                by_part.setdefault(part, []).append(p)
             group["params"] = by_part.pop(None)
-            for named, params in by_part.items():
-                assert named is not None
-                own = {"params": params, "lr": self.learning_rates[named], "part": named}
+            for part, params in by_part.items():
+                assert part is not None
+                own = {"params": params, "lr": self.learning_rates[part], "part": part}
                 optimizer.add_param_group({**group, **own})
         return optimizer
 

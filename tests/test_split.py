@@ -95,6 +95,36 @@ def test_packed_rows_are_each_row_alone(
     torch.testing.assert_close(by_row, torch.cat(wide, 2), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("short", [0, PREFIX], ids=["merged", "one softmax"])
+@pytest.mark.parametrize("dtype", [*BOUNDS, torch.float64], ids=["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("prefixes", ["shared", "per-row", "of own lengths"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("kind", ["none", "bool", "float", "least", "per head"])
+def test_a_single_query_as_while_decoding(
+    kind: str, kv_heads: int, prefixes: str, dtype: torch.dtype, short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreword.split.SHORT", short)
+    given = tensors(kv_heads, shared=prefixes == "shared", queries=1, dtype=dtype)
+    mask = masks(kind, dtype)
+    mask = None if mask is None else mask[..., -1:, :]
+    hidden = None
+    if prefixes == "of own lengths":
+        hidden = torch.zeros(ROWS, 1, 1, PREFIX)
+        for row, length in enumerate([PREFIX, 2, 0]):
+            hidden[row, ..., length:] = -torch.inf
+        if mask is not None and mask.dtype == torch.bool:
+            mask = mask.expand(ROWS, -1, -1, -1).clone()
+            mask[2] = False  # neither a prefix nor a token to see
+    with torch.no_grad():
+        made = split_attention(*given, mask, hidden)  # type: ignore[misc]
+    exact = [x.double() for x in given]
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    expected, _ = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:]), hidden), wide)
+    assert made.dtype == dtype
+    assert (made.double() - expected).norm() <= BOUNDS.get(dtype, 1e-12) * expected.norm()
+    assert made.isfinite().all()
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("block", [1, 4, 7])
 def test_the_backward_pass_in_blocks(block: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ alone (the identity behind ring attention, Liu et al. 2023, arXiv:2310.01889), s
 blocks of queries by plain matrix products, which skip what causality hides.
 
 Shapes as in attention.py. Half precision is computed in float32: in bfloat16 the rounding of sharp attention is several
-percent of the gradient.
+percent of the gradient. A single query per row, as while decoding, goes through one softmax over both parts instead.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 BLOCK = 128  # queries per block of the backward pass where causality hides what is beyond them
 SCORES = 2**18  # scores per head and block elsewhere
+SHORT = 512  # of a shared prefix, up to which one softmax over both parts is faster while decoding
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -189,6 +190,50 @@ def _merged(
     return torch.lerp(p_out, out, share.unsqueeze(-1)), lse, p_lse
 
 
+def _one_query(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    mask: Tensor | None,
+    hidden: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The output `[B, H, 1, d_v]` where every row has one query, as while decoding: both parts' scores lie in one
+    buffer for one softmax. Half the calls, and each key is read once for all the heads that share it."""
+    rows, heads, _, size = query.shape
+    kv_heads, length = prefix_keys.shape[1:3]
+    shared = prefix_keys.shape[0] == 1
+    groups = heads // kv_heads
+
+    def by_row(x: Tensor) -> Tensor:
+        """What was computed for the shared prefix [H_kv, B * groups, m], row by row [B * H_kv, groups, m]."""
+        return x.view(kv_heads, rows, groups, -1).transpose(0, 1).reshape(rows * kv_heads, groups, -1)
+
+    def by_head(x: Tensor) -> Tensor:
+        """The inverse."""
+        return x.reshape(rows, kv_heads, groups, -1).transpose(0, 1).reshape(kv_heads, rows * groups, -1)
+
+    q = (query * scale).reshape(rows * kv_heads, groups, size)
+    k, v, pk, pv = (x.flatten(0, 1) for x in (keys, values, prefix_keys, prefix_values))
+    scores = q.new_empty(rows * kv_heads, groups, length + k.shape[1])
+    over_prefix, over_tokens = scores[..., :length], scores[..., length:]
+    over_prefix.copy_(by_row(by_head(q) @ pk.transpose(1, 2)) if shared else q @ pk.transpose(1, 2))
+    over_tokens.copy_(q @ k.transpose(1, 2))
+    by_site = scores.view(rows, heads, 1, -1)
+    if hidden is not None:
+        by_site[..., :length] += hidden
+    if mask is not None:
+        by_site[..., length:] += mask
+    weights = scores.softmax(-1)
+    if hidden is not None:
+        weights.nan_to_num_(0.0)  # a query that sees nothing
+    own = weights[..., :length]
+    out = torch.baddbmm(by_row(by_head(own) @ pv) if shared else own @ pv, weights[..., length:], v)
+    return out.view(rows, heads, 1, -1)
+
+
 class _SplitAttention(torch.autograd.Function):
     """Masks are additive and get no gradient."""
 
@@ -293,4 +338,7 @@ def split_attention(
     settings = masks, _additive(hidden, query), causal, scale, packing
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _SplitAttention.apply(*tensors, *settings)
+    short = prefix_keys.shape[0] > 1 or prefix_keys.shape[2] <= SHORT
+    if packing is None and query.shape[2] == 1 and not causal and short:
+        return _one_query(*(_wide(x) for x in tensors), masks[0], settings[1], scale).to(query.dtype)
     return _merged(tensors, *settings)[0].to(query.dtype)

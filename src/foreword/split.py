@@ -190,18 +190,10 @@ def _merged(
     return torch.lerp(p_out, out, share.unsqueeze(-1)), lse, p_lse
 
 
-def _one_query(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    prefix_keys: Tensor,
-    prefix_values: Tensor,
-    mask: Tensor | None,
-    hidden: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | None, scale: float) -> Tensor:
     """The output `[B, H, 1, d_v]` where every row has one query, as while decoding: both parts' scores lie in one
     buffer for one softmax. Half the calls, and each key is read once for all the heads that share it."""
+    query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
     rows, heads, _, size = query.shape
     kv_heads, length = prefix_keys.shape[1:3]
     shared = prefix_keys.shape[0] == 1
@@ -340,5 +332,5 @@ def split_attention(
         return _SplitAttention.apply(*tensors, *settings)
     short = prefix_keys.shape[0] > 1 or prefix_keys.shape[2] <= SHORT
     if packing is None and query.shape[2] == 1 and not causal and short:
-        return _one_query(*(_wide(x) for x in tensors), masks[0], settings[1], scale).to(query.dtype)
+        return _one_query(tensors, masks[0], settings[1], scale).to(query.dtype)
     return _merged(tensors, *settings)[0].to(query.dtype)

@@ -31,6 +31,8 @@ import torch
 from ag_news import commit, hardware
 from methods import Batch, Method, classifier_on, make
 
+from foreword.schemas import Row
+
 HERE = Path(__file__).parent
 Settings = dict[str, Any]
 
@@ -75,6 +77,15 @@ def shuffled(settings: Settings, seed: int, count: int) -> list[dict[str, str]]:
     return random.Random(seed).sample(rows, count)
 
 
+def to_train_on(settings: Settings, seed: int) -> list[dict[str, str]]:
+    """The rows of all steps in their order; of `rows` different ones (all, where that is None) epoch after epoch."""
+    total = settings["batch_size"] * settings["steps"]
+    own = shuffled(settings, seed, min(total, settings["rows"] or total))
+    draw = random.Random(seed)
+    epochs = [own, *(draw.sample(own, len(own)) for _ in range(total // len(own)))]
+    return [row for epoch in epochs for row in epoch][:total]
+
+
 # ---- kinds
 
 
@@ -87,14 +98,14 @@ def load(settings: Settings) -> tuple[Any, Any]:
 def one_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
     loss = method.loss(batch)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(method.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_([*method.parameters(), *method.head_parameters()], 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return float(loss)
 
 
-def made(name: str, base: Any, tokenizer: Any, settings: Settings) -> Method:
-    return make(name, base, tokenizer, names_of(settings), settings["max_length"], settings["length"])
+def made(name: str, base: Any, tokenizer: Any, settings: Settings, **more: Any) -> Method:
+    return make(name, base, tokenizer, names_of(settings), settings["max_length"], settings["length"], **more)
 
 
 def step(settings: Settings) -> dict[str, Any]:
@@ -268,11 +279,16 @@ def trained(
 ) -> dict[str, Any]:
     """One run; it is tested where it is above `best` on the validation rows, and of foreword's half-way too."""
     torch.manual_seed(seed)
-    method = made(name, base, tokenizer, settings)
+    drawn = to_train_on(settings, seed)
+    own = [Row(row["text"], row["label"]) for row in drawn]
+    method = made(name, base, tokenizer, settings, rows=own, whole=False)
     rate = rate or method.learning_rate
     assert rate is not None
-    work = batches(base, tokenizer, settings, shuffled(settings, seed, settings["batch_size"] * settings["steps"]))
-    optimizer = torch.optim.AdamW(method.parameters(), rate, weight_decay=0.0)
+    work = batches(base, tokenizer, settings, drawn)
+    groups: list[Any] = [{"params": method.parameters(), "lr": rate}]
+    if method.head is not None:
+        groups.append({"params": method.head_parameters(), "lr": settings["head_learning_rate"]})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = max(1, len(work) // 10)
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm)
     down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))

@@ -1,25 +1,29 @@
 """The ways of adapting one frozen base that compare.py sets side by side, each as its own users would write it.
 
-A method is a module to train, a loss of a batch, and logits of the label words `[rows, labels]`. Batches are those of
+A method is a module to train, a loss of a batch, and logits of the labels `[rows, labels]`: of their words, or where
+they are many of a linear head, which starts and learns for all as it does in foreword. Batches are those of
 `PrefixClassifier.collate`: the same rows, template and padding for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import CartridgeConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.cartridge.utils import initialize_kv_prefix_from_text
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from foreword.forms import PrefixConfig
 from foreword.model import PrefixModel
+from foreword.schemas import Row
 from foreword.tasks.classify import PrefixClassifier
+from foreword.tasks.output import output_layer
 from foreword.tasks.template import default_instruction
 from foreword.train import LEARNING_RATES
 
@@ -35,46 +39,83 @@ class Method:
     logits: Callable[[Batch], Tensor]
     generate: Callable[..., Tensor]
     learning_rate: float | None = None
+    head: nn.Module | None = None
 
     def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.module.parameters() if p.requires_grad]
+        """What is trained, the head apart."""
+        head = {id(p) for p in self.head_parameters()}
+        return [p for p in self.module.parameters() if p.requires_grad and id(p) not in head]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        return [] if self.head is None else list(self.head.parameters())
 
     def loss(self, batch: Batch) -> Tensor:
         return cross_entropy(self.logits(batch).float(), batch["labels"])
 
 
-def classifier_on(base: Any, tokenizer: Any, labels: list[str], max_length: int, **prefix: Any) -> PrefixClassifier:
-    """foreword's classifier with the settings that a user gets who sets none (but for `prefix`)."""
+def classifier_on(
+    base: Any,
+    tokenizer: Any,
+    labels: list[str],
+    max_length: int,
+    rows: Sequence[Row] = (),
+    read: bool = True,
+    **prefix: Any,
+) -> PrefixClassifier:
+    """foreword's classifier with the settings that a user gets who sets none (but for `prefix`).
+
+    rows: to train on, from which a linear head takes its start, the prefix being read or not.
+    """
     model = PrefixModel(base, tokenizer)
     settings = {"instruction": default_instruction(labels), **prefix}
     model.add("prefix", PrefixConfig(**settings))
-    return PrefixClassifier.for_labels(model, labels, max_length=max_length)
+    model.activate("prefix" if read else None)
+    return PrefixClassifier.for_labels(model, labels, max_length=max_length, rows=rows)
 
 
-def make(name: str, base: Any, tokenizer: Any, labels: list[str], max_length: int, length: int | None) -> Method:
+def make(
+    name: str,
+    base: Any,
+    tokenizer: Any,
+    labels: list[str],
+    max_length: int,
+    length: int | None,
+    rows: Sequence[Row] = (),
+    whole: bool = True,
+) -> Method:
     """A method on its own copy of `base`: `bare`, `foreword[-form]`, `peft-{random,zero,mlp,text,cartridge}`, `lora`.
 
     length: virtual tokens; None leaves it to foreword's default (the instruction's own), which the others then take.
+    rows: to train on, from which a linear head takes its start.
+    whole: the others' logits are the vocabulary's, as their users compute them; if not, those of the labels alone, as
+        foreword's are: the same numbers in less time, for where time is not what is measured.
     """
     base = deepcopy(base)
-    own = classifier_on(base, tokenizer, labels, max_length, length=length, form=_form(name))
+    read = name not in ("lora", "bare")
+    own = classifier_on(base, tokenizer, labels, max_length, rows, read, length=length, form=_form(name))
     if name.startswith("foreword"):
-        return Method(
-            name, own, lambda batch: own(**_inputs(batch))["logits"], own.model.generate, LEARNING_RATES[_form(name)]
-        )
+        rate = LEARNING_RATES[_form(name)]
+        return Method(name, own, lambda batch: own(**_inputs(batch))["logits"], own.model.generate, rate, own.head)
     length = own.model.form("prefix").length
-    words = own.word_ids
     module = base if name == "bare" else _peft(name, base, tokenizer, labels, length)
+    at_labels = own.apply_head
+    if own.head is None:
+        words = own.word_ids
+        weight = base.get_output_embeddings().weight.detach()[words]
+        at_labels = partial(linear, weight=weight)
 
     def logits(batch: Batch) -> Tensor:
         last = batch["attention_mask"].sum(1) - 1
         inputs = _inputs(batch)
         if name == "bare":  # the gradient of its inputs: what any prefix must at least compute
             inputs = {"inputs_embeds": base.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_(), **inputs}
-        found = module(**inputs).logits
-        return found[torch.arange(len(found)), last][:, words]
+        each = torch.arange(len(last))
+        if whole and own.head is None:
+            return module(**inputs).logits[each, last][:, words]
+        with output_layer(base, lambda hidden: at_labels(hidden[each, last])[:, None]):
+            return module(**inputs).logits[:, 0]
 
-    return Method(name, module, logits, module.generate)
+    return Method(name, module, logits, module.generate, None, own.head)
 
 
 def _inputs(batch: Batch) -> Batch:
@@ -82,7 +123,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 def _form(name: str) -> Any:
-    return name.partition("-")[2] if name.startswith("foreword-") else "direct"
+    return name.partition("-")[2] if name.startswith("foreword-") else PrefixConfig().form
 
 
 def _peft(name: str, base: Any, tokenizer: Any, labels: list[str], length: int) -> nn.Module:

@@ -22,6 +22,7 @@ PAGES = (
     "docs/joint.md",
     "docs/scaling.md",
     "docs/tasks/README.md",
+    "docs/tasks/generate.md",
 )
 Record = dict[str, Any]
 
@@ -136,6 +137,21 @@ def tasks() -> Iterator[str]:
         yield f"| {task} | {prefix['experiment']['data']} | {base} | {metric} | {values} | {numbers} |"
 
 
+def e2e() -> Iterator[str]:
+    """Figures of the E2E challenge: each method at its best learning rate, the mean over seeds."""
+    yield "| method | learning rate | BLEU | NIST | METEOR | ROUGE-L | CIDEr | numbers trained |"
+    yield "|---|---|---|---|---|---|---|---|"
+    cells = grouped(records("e2e"), "method")
+    for method in (name for name in METHODS if (name,) in cells):
+        runs = cells[method,]
+        best = min((run for run in runs if run["experiment"]["seed"] == 0), key=lambda run: run["validation"])
+        tests = [run["test"] for run in runs if run["learning_rate"] == best["learning_rate"]]
+        found = {name: mean(test[name] for test in tests) for name in tests[0]}
+        words = f"{100 * found['bleu']:.1f} | {found['nist']:.2f} | {100 * found['meteor']:.1f}"
+        values = f"{words} | {100 * found['rouge_l']:.1f} | {found['cider']:.2f}"
+        yield f"| {METHODS[method]} | {best['learning_rate']:g} | {values} | {best['parameters']:,} |"
+
+
 def dynamic() -> Iterator[str]:
     """Validation accuracy of dynamic prefixes beside the static one, by data set."""
     yield "| data | prefix | validation accuracy (mean) | each seed | validation loss (mean) | trained parameters |"
@@ -203,6 +219,7 @@ TABLES = {
     "compared": compared,
     "budgets": budgets,
     "tasks": tasks,
+    "e2e": e2e,
     "dynamic": dynamic,
     "forgetting": forgetting,
     "joint": joint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from foreword import InputError, PrefixClassifier, PrefixModel, load, load_base
+from foreword.schemas import Row
 from foreword.tasks.template import default_instruction, derive_label_words, make_settings
 
 TEXTS = [text for text, _ in ROWS]
@@ -80,6 +82,43 @@ def test_a_linear_head_trains_on_every_kind_of_base(bases: dict[str, Path], fami
     made.save_pretrained(tmp_path / "p")
     again = load(tmp_path / "p")
     assert again.predict(TEXTS) == made.predict(TEXTS)
+
+
+@pytest.mark.parametrize("multi_label", [False, True], ids=["one label", "lists of labels"])
+@pytest.mark.parametrize("family", ["llama", "bert", "bart", "t5"])
+def test_a_linear_head_starts_from_the_names_as_far_as_they_fit(
+    bases: dict[str, Path], family: str, multi_label: bool
+) -> None:
+    rows = [Row(text, (label,) if multi_label else label) for text, label in ROWS]
+    made = classifier(bases[family], head="linear", multi_label=multi_label, rows=rows)
+    assert made.head is not None
+    embeddings = made.model.base.get_output_embeddings().weight
+    ids = made.model.tokenizer([" animal", " tool"], add_special_tokens=False)["input_ids"]
+    names = torch.stack([embeddings[name].sum(0) / len(name) ** 0.5 for name in ids])
+    direction, weight = names - names.mean(0), made.head.plain()["weight"]
+    fit = float((weight.detach() * direction).sum() / direction.square().sum())
+    assert fit >= 0 and torch.allclose(weight, fit * direction, rtol=1e-4, atol=1e-5)
+    examples, _ = made.examples(rows)
+    logits = torch.stack(made.logits(examples, 4, "p"))
+    assert torch.allclose(logits.mean(0), torch.zeros(2), atol=1e-5)
+    targets = torch.tensor([example["labels"] for example in examples])
+    assert made._loss(logits, targets) <= math.log(2) + 1e-6  # what a head of noughts has
+    assert fit > 0 or logits.abs().max() < 1e-5
+
+
+def test_a_linear_head_starts_at_nought_where_the_names_say_nothing(bases: dict[str, Path]) -> None:
+    rows = [Row(text, label) for text in TEXTS for label in ("animal", "tool")]
+    made = classifier(bases["llama"], head="linear", rows=rows)
+    assert made.head is not None and not any(tensor.any() for tensor in made.head.plain().values())
+
+
+def test_many_labels_take_a_linear_head_unless_words_are_asked_for(bases: dict[str, Path]) -> None:
+    model, names = PrefixModel(*load_base(str(bases["llama"]))), [f"{chr(97 + i)}x" for i in range(21)]
+    assert derive_label_words(names, model.tokenizer) is not None
+    assert make_settings(model, names).label_words is None
+    assert make_settings(model, names[:20]).label_words is not None
+    assert make_settings(model, names, head="words").label_words is not None
+    assert make_settings(model, names, label_words=names).label_words == tuple(names)
 
 
 def test_the_base_s_own_output_layer_is_back_after_a_call_and_after_an_error(bases: dict[str, Path]) -> None:

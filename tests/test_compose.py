@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance.families import BY_NAME, add, base, inputs, off_by, text, wrapped
+from conformance.families import BY_NAME, add, base, fresh, inputs, off_by, text, wrapped
 
 from foreword.attention import listening
 from foreword.compose import concatenate, cut, interpolate, turns, worth
@@ -34,6 +34,24 @@ def test_turned_keys_are_the_keys_at_shifted_positions(name: str) -> None:
             before, after = (seen[at][id(site.module)] for at in (a, b))
             assert off_by((before.double() @ found[site.name]).float(), after) < 2e-4
             assert off_by(before, after) > 1e-3, "the positions do not show in these keys"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ROTARY)
+def test_turns_are_those_of_float32_on_a_base_in_half_precision(name: str, dtype: torch.dtype) -> None:
+    half = PrefixModel(fresh(name).to(dtype))
+    whole = PrefixModel(fresh(name).to(dtype).float())  # with angles that were rounded too
+    expected = turns(whole, 7)
+    for site, turn in turns(half, 7).items():
+        assert off_by(turn, expected[site]) < 1e-6
+    assert half.dtype == dtype
+
+
+def test_keys_of_a_sharded_base_in_half_precision_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = PrefixModel(fresh("llama").bfloat16())
+    monkeypatch.setattr(PrefixModel, "is_sharded", True)
+    with pytest.raises(InputError, match="turned in float32 alone"):
+        turns(model, 1)
 
 
 def started(name: str, *lengths: int) -> tuple[PrefixModel, list[torch.Tensor]]:
@@ -71,9 +89,11 @@ def test_a_composed_prefix_is_saved_and_loaded(tmp_path: Path) -> None:
         assert torch.equal(model(text(), prefix="again").logits, model(text(), prefix="both").logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_learned_positions_cannot_be_turned(name: str) -> None:
-    model = wrapped(name)
+def test_learned_positions_cannot_be_turned(name: str, dtype: torch.dtype) -> None:
+    model = PrefixModel(fresh(name).to(dtype))
+    add(model, "p")
     add(model, "q")
     with pytest.raises(InputError, match=r"cannot be turned to new positions.*learned positions"):
         concatenate(model, ["p", "q"])

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.utils import logging as bars
 
-from foreword import defaults
+from foreword import defaults, load_base
 from foreword.data import load_classification
 from foreword.errors import RunError
 
@@ -49,6 +50,19 @@ def test_model_answers_and_its_tokenizer_is_right(monkeypatch: pytest.MonkeyPatc
     )
     logits = model(**tokenizer("The capital of France is", return_tensors="pt")).logits[0, -1]
     assert tokenizer.decode(logits.argmax()) == " Paris"
+
+
+def test_loading_it_leaves_progress_bars_as_they_were(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(defaults, "model_path", lambda: tiny_llama)
+    switches = {True: bars.enable_progress_bar, False: bars.disable_progress_bar}
+    before = bars.is_progress_bar_enabled()
+    try:
+        for shown, switch in switches.items():
+            switch()
+            load_base(defaults.MODEL)
+            assert bars.is_progress_bar_enabled() is shown
+    finally:
+        switches[before]()
 
 
 def test_bbc_news(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ def test_wrong_settings_say_so(settings: dict[str, Any], sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"window": "x"}, {"positions": "x"}, {"frozen_tokens": -1}, {"form": "mlp", "mlp_size": 0}]
+    "settings",
+    [{"window": "x"}, {"positions": "x"}, {"frozen_tokens": -1}, {"frozen_layers": -1}, {"form": "mlp", "mlp_size": 0}],
 )
 def test_settings_outside_their_range_say_so(settings: dict[str, Any]) -> None:
     name = list(settings)[-1].replace("_", ".")
@@ -112,6 +113,11 @@ def test_settings_outside_their_range_say_so(settings: dict[str, Any]) -> None:
 def test_layers_that_are_not_there_are_refused(layers: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match="are not all among the base's 2"):
         chosen_sites(PrefixConfig(layers=layers), find_sites(base("llama")))
+
+
+def test_frozen_layers_must_leave_one_to_train() -> None:
+    with pytest.raises(InputError, match="frozen_layers=2 leaves none of the prefix's layers to train"):
+        PrefixModel(base("llama")).add("p", length=3, frozen_layers=2)
 
 
 def test_layers_are_counted_per_kind_of_site() -> None:

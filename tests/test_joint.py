@@ -17,6 +17,7 @@ from foreword.batching import BucketSampler, InterleavedSampler
 from foreword.cli.options import read_tasks
 from foreword.compose import concatenate
 from foreword.config import unfinished_config
+from foreword.forms import FORMS
 from foreword.joint import Behind, JointConfig, build_jointly, train_jointly
 from foreword.train import load_rows, train
 
@@ -129,8 +130,9 @@ def test_an_interrupted_run_goes_on_to_the_same_tensors(
 def test_a_shared_part_is_trained_by_all_and_stands_before_each_of_them(
     tiny_llama: Path, topics: Path, lengths: Path, tmp_path: Path
 ) -> None:
-    config = tasks(tiny_llama, topics, lengths, tmp_path / "joint", prefix=PrefixConfig(length=2, start="vocabulary"))
-    config = replace(config, shared=PrefixConfig(length=3, seed=1))
+    own = PrefixConfig(form="direct", length=2, start="vocabulary")
+    config = tasks(tiny_llama, topics, lengths, tmp_path / "joint", prefix=own)
+    config = replace(config, shared=replace(own, length=3, seed=1))
     joint = build_jointly(config, {name: load_rows(task) for name, task in config.tasks.items()})
     model = joint.model
     forms = [model.form(name) for name in config.tasks]
@@ -138,7 +140,7 @@ def test_a_shared_part_is_trained_by_all_and_stands_before_each_of_them(
 
     plain = PrefixModel(*load_base(str(tiny_llama)))
     plain.add("shared", config.shared)
-    plain.add("own", PrefixConfig(length=2, start="vocabulary"))
+    plain.add("own", own)
     for name, kv in concatenate(plain, ["shared", "own"]).sites.items():
         found = model.kv("kind").sites[name]
         assert torch.allclose(found.keys, kv.keys, atol=1e-5) and torch.equal(found.values, kv.values)
@@ -155,6 +157,22 @@ def test_a_shared_part_is_trained_by_all_and_stands_before_each_of_them(
     assert not torch.equal(moved, start)
     assert result.tasks["kind"].summary["parameters"] == 2 * 2 * 2 * 8 * (2 + 1)  # a token of each part is frozen
     assert load(config.output / "kind").model.form("kind").length == 5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_shared_part_on_a_base_in_bfloat16(
+    tiny_llama: Path, topics: Path, lengths: Path, tmp_path: Path, form: str
+) -> None:
+    own = replace(PrefixConfig(length=2, start="vocabulary"), form=form)
+    config = tasks(tiny_llama, topics, lengths, tmp_path / "joint", prefix=own, dtype="bfloat16")
+    config = replace(config, shared=replace(own, length=3, seed=1))
+    model = build_jointly(config, {name: load_rows(task) for name, task in config.tasks.items()}).model
+    assert model.dtype == torch.bfloat16
+    plain = PrefixModel(*load_base(str(tiny_llama), torch.bfloat16))
+    plain.add("shared", config.shared)
+    plain.add("own", own)
+    for name, kv in concatenate(plain, ["shared", "own"]).sites.items():
+        assert torch.allclose(model.kv("kind").sites[name].keys, kv.keys, rtol=1e-2, atol=1e-5)
 
 
 def test_training_goes_on_from_a_saved_prefix(tiny_llama: Path, topics: Path, tmp_path: Path) -> None:

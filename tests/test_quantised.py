@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny, tiny_config
+from transformers import LlamaConfig
 
 import foreword
 from foreword.bases import QUANTISED, load_base
@@ -68,6 +70,25 @@ def test_a_saved_prefix_is_loaded_on_a_base_quantised_alike(tiny_llama: Path, tm
         torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
     with pytest.raises(InputError, match="load it on its own base"):
         whole.load(tmp_path / "saved")
+
+
+def test_a_base_that_ran_before_it_was_wrapped_trains_alike(tmp_path: Path) -> None:
+    """Where the CPU has units for bfloat16, bitsandbytes packs weights then, and no gradient goes through them."""
+    config = LlamaConfig(**{**tiny_config().to_dict(), "hidden_size": 64, "head_dim": 32})
+    save_tiny(tmp_path, config)
+    ids, found = torch.arange(5, 25).view(2, 10), []
+    for runs in (0, 2):
+        base, tokenizer = load_base(str(tmp_path), torch.float32, quantise="4bit")
+        for _ in range(runs):
+            base(ids)
+        model = PrefixModel(base, tokenizer)
+        model.add("prefix", length=4, start="random", seed=0)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append((model.fingerprint, [p.grad for p in model.parameters() if p.requires_grad]))
+    (fingerprint, gradients), (again, packed) = found
+    assert fingerprint == again
+    for gradient, other in zip(gradients, packed, strict=True):
+        assert gradient.norm() > 0 and (gradient - other).norm() < 0.05 * gradient.norm()
 
 
 def test_what_cannot_be_quantised(tiny_llama: Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from foreword.attention import ReadPrefix, packed_reference, reference_attention
 from foreword.kv import SiteKV
-from foreword.split import Packing, can_split, split_attention
+from foreword.packing import Packing
+from foreword.split import can_split, split_attention
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -126,11 +127,15 @@ def test_a_single_query_as_while_decoding(
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
 @pytest.mark.parametrize("block", [1, 4, 7])
-def test_the_backward_pass_in_blocks(block: int, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreword.split.BLOCK", block)
-    monkeypatch.setattr("foreword.split.SCORES", 1)
-    given = tensors(2, dtype=torch.float32)
+def test_the_backward_pass_in_blocks_of_queries_and_rows(
+    block: int, shared: bool, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreword.gradients.BLOCK", block)
+    monkeypatch.setattr("foreword.gradients.SCORES", 1)
+    monkeypatch.setattr("foreword.gradients.REPEATED", 2 * 2 * (PREFIX + 6) * 8)  # two of three rows together
+    given = tensors(2, shared=shared, dtype=torch.float32)
     narrow, exact = leaves_of(given, torch.float32), leaves_of(given, torch.float64)
     made = split_attention(*narrow, causal=causal)  # type: ignore[misc]
     expected = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])), causal=causal)[0]

@@ -82,6 +82,13 @@ def task_on(name: str, made: PrefixModel) -> Any:
     return PrefixAnswerer.for_data(made, max_length=28, stride=4)
 
 
+def assert_alike(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    """The same predictions, their scores up to rounding."""
+    for a, b in zip(found, expected, strict=True):
+        assert a | {"score": 0} == b | {"score": 0}
+        assert a.get("score", 0) == pytest.approx(b.get("score", 0), abs=tolerance)
+
+
 ROWS_OF = {"regress": SCORED, "label": TAGGED, "answer": ASKED}
 
 
@@ -100,13 +107,11 @@ def test_every_parameter_trains_the_batch_does_not_matter_and_saving_keeps_all(
     assert all(p.grad is not None and p.grad.abs().max() > 0 for _, p in trained), [n for n, p in trained]
     texts = [row.text for row in ROWS_OF[name]]
     together, alone = made.predict(texts), [made.predict([text])[0] for text in texts]
-    for a, b in zip(together, alone, strict=True):
-        assert {k: v for k, v in a.items() if k != "score"} == {k: v for k, v in b.items() if k != "score"}
-        assert a.get("score", 0) == pytest.approx(b.get("score", 0), abs=1e-4)
+    assert_alike(together, alone, 1e-4)
     made.save_pretrained(tmp_path / "p")
     again = load(tmp_path / "p")
     assert type(again) is type(made) and again.settings == made.settings
-    assert again.predict(texts) == together
+    assert_alike(again.predict(texts), together, 1e-5)  # what is saved is the plain layer that the head comes to
     with pytest.raises(InputError, match="holds no prefix of the task classify"):
         PrefixClassifier.from_pretrained(tmp_path / "p")
 

@@ -20,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .kv import SiteKV
-from .split import Packing, can_split, split_attention, window_mask
+from .packing import Packing
+from .split import can_split, split_attention, window_mask
 
 NAME = "foreword"
 Kernel = Literal["auto", "split", "reference"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -42,7 +43,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, Any]:
     """A base with its language-model head, in evaluation mode, and its tokenizer with a pad token.
 
-    dtype: of the weights; by default bfloat16 where the machine computes it fast, else float32.
+    dtype: of the weights; by default bfloat16 for what was released in half precision, where the machine computes it
+        fast, else float32.
     quantise: `4bit` or `8bit`, by bitsandbytes, or a quantization_config of transformers as a dict.
     shards: over so many processes its weights are split (FSDP2, layer by layer); each loads its own part alone.
     Raises InputError when the folder is missing, the hub cannot be reached, it is not a language model, or it cannot
@@ -58,11 +60,14 @@ def load_base(
     except (OSError, ValueError) as error:
         raise InputError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
     auto = _auto_class(config, model)
-    dtype = dtype or default_dtype()
+    # The embedded default was released in bfloat16; its unpacked copy is kept in float32.
+    dtype = dtype or default_dtype(torch.bfloat16 if model == defaults.MODEL else config.dtype)
     options = {**_quantisation(quantise, dtype), **_sharding(auto, config, shards)}
     if len(options) > 1:
         raise InputError("a quantised base cannot be sharded; leave out one of the two.")
-    if model == defaults.MODEL:  # half a second: a bar would only be noise
+    # Half a second: a bar would only be noise.
+    hidden = model == defaults.MODEL and transformers_logging.is_progress_bar_enabled()
+    if hidden:
         transformers_logging.disable_progress_bar()
     try:
         base = auto.from_pretrained(source, dtype=dtype, **options)
@@ -72,7 +77,7 @@ def load_base(
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model {model} cannot be loaded: {_first_line(error)}") from error
     finally:
-        if model == defaults.MODEL:
+        if hidden:
             transformers_logging.enable_progress_bar()
     base.config._name_or_path = model
     if tokenizer.pad_token is None:
@@ -99,12 +104,12 @@ def _quantisation(quantise: str | dict[str, Any] | None, dtype: torch.dtype) -> 
     """What from_pretrained takes."""
     if quantise is None:
         return {}
+    # Of every product of another precision it would say that 8 bits are computed in float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if isinstance(quantise, dict):
         return {"quantization_config": quantise}
     if quantise not in QUANTISED:
         raise InputError(f"a base cannot be quantised to {quantise!r}; choose {' or '.join(QUANTISED)}.")
-    # Of every matrix product in float32 it would say that 8 bits are computed in float16.
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     computed = {"bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")} if quantise == "4bit" else {}
     return {"quantization_config": {"quant_method": "bitsandbytes", **QUANTISED[quantise], **computed}}
 
@@ -113,6 +118,18 @@ def quantisation(base: PreTrainedModel) -> dict[str, Any] | None:
     """With what `quantise` a base like this one is loaded."""
     quantised = getattr(base.config, "quantization_config", None)
     return None if quantised is None else quantised if isinstance(quantised, dict) else quantised.to_dict()
+
+
+def keep_unpacked(base: nn.Module) -> None:
+    """Keep 4-bit weights as they were loaded.
+
+    On a CPU with units for bfloat16, bitsandbytes packs a layer's weight anew, for good, when it first runs in
+    evaluation mode. No gradient goes through a packed weight, its shape is another, and some sizes cannot be packed.
+    """
+    for module in base.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.state_dict()  # unpacks what a call before this one packed
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _sharding(auto: Any, config: Any, shards: int) -> dict[str, Any]:
@@ -129,9 +146,11 @@ def _sharding(auto: Any, config: Any, shards: int) -> dict[str, Any]:
     return {"distributed_config": DistributedConfig(fsdp_size=shards, fsdp_plan=plan)}
 
 
-def default_dtype() -> torch.dtype:
-    """bfloat16 on machines with matrix units for it; elsewhere it is emulated, many times slower than float32."""
-    return torch.bfloat16 if machine_has_fast_bf16() else torch.float32
+def default_dtype(released: torch.dtype | None) -> torch.dtype:
+    """bfloat16 for a base released in half precision, on machines with matrix units for it (elsewhere it is emulated,
+    many times slower than float32); a base released in float32 stays what it is."""
+    half = released in (torch.bfloat16, torch.float16)
+    return torch.bfloat16 if half and machine_has_fast_bf16() else torch.float32
 
 
 def machine_has_fast_bf16() -> bool:

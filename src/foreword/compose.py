@@ -1,9 +1,10 @@
 """Composition: prefixes put one behind the other, between one another, or cut to the tokens that do most.
 
 Keys are stored rotated for positions 0..P-1. A token that moves to another position is turned by as much, and how is
-probed: single tokens run through the base at two positions show their keys before and after. In a rotary embedding
-(Su et al. 2021, arXiv:2104.09864, section 3.2) every channel turns with one partner, found by least squares, so that
-no arrangement of channels is assumed. Where text does not come after a prefix (positions `kept`) nothing is turned.
+probed: single tokens run through the base at two positions show their keys before and after, in float32 on any base. In
+a rotary embedding (Su et al. 2021, arXiv:2104.09864, section 3.2) every channel turns with one partner, found by least
+squares, so that no arrangement of channels is assumed. Where text does not come after a prefix (positions `kept`)
+nothing is turned.
 
 Everything here takes and gives finished `KVPrefix`es; `PrefixModel.put` gives one a name.
 """
@@ -20,6 +21,7 @@ from .forms import Finished
 from .kv import KVPrefix, SiteKV, joined
 from .model import PrefixModel
 from .sites import Site, keys_at, vocabulary_size
+from .unrounded import Unrounded
 from .worth import rises
 
 PROBES = 192  # tokens that are run to see how keys turn
@@ -116,10 +118,12 @@ def turns(model: PrefixModel, shift: int) -> dict[str, Tensor]:
     family = type(model.base).__name__
     if not model.can_move_positions:
         raise InputError(f"{family} cannot move its positions, so keys cannot be turned to new ones.")
+    if model.is_sharded and model.dtype != torch.float32:
+        raise InputError("keys of a sharded base are turned in float32 alone; load it in float32, or whole.")
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(5000, vocabulary_size(model.base)), (PROBES, 1), generator=generator).to(model.device)
     first, second = (0, shift) if shift > 0 else (-shift, 0)
-    with model.reading(None):
+    with model.reading(None), Unrounded():  # keys of bfloat16 do not show which channels are partners
         before, after = (keys_at(model.base, model.sites, ids, position) for position in (first, second))
     return {site.name: _turn(family, site, before[site.name], after[site.name]) for site in model.sites}
 

@@ -64,7 +64,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 16
     learning_rate: float | None = None
-    head_learning_rate: float = 1e-3
+    head_learning_rate: float = 1e-2
     warmup_ratio: float = 0.1
     weight_decay: float = 0.0
     schedule: str = "cosine"

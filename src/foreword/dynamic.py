@@ -10,8 +10,9 @@ tokens in their deviations, so that what all texts share does not drown what tel
     gates     K_p static,  V_p = static * 2 sigmoid(x G / sqrt(d)), one per head    d x Σ_sites H_kv
 
 N = Σ_sites H_kv (d_k + d_v) (P - frozen) as in a direct prefix. C and G are nought at first, so each starts exactly
-as the static prefix, which is trained with it. A gate scales values alone: the output of a head is linear in them, so
-it is how much the head takes from the prefix, and keys and values stay plain data that every engine reads.
+as the static prefix, which is trained with it; frozen layers stay the static prefix's. A gate scales values alone: the
+output of a head is linear in them, so it is how much the head takes from the prefix, and keys and values stay plain
+data that every engine reads.
 
 `low_rank` follows Wu et al. 2022 (arXiv:2204.04497, section 3: a bottleneck generates the prompt from the sentence's
 representation), `mixture` Asai et al. 2022 (arXiv:2205.11961, section 3.2: attention over a bank of prompts), `gates`
@@ -20,12 +21,14 @@ Zhang et al. 2023 (arXiv:2305.15212, section 3: gates per layer of a prefix, fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .errors import InputError
-from .forms import Form, PrefixConfig
+from .forms import Form, PrefixConfig, chosen_sites, trained_sites
 from .kv import KVPrefix, SiteKV
 from .prompts import Prompt
 from .sites import Site, entering, vocabulary_size
@@ -39,9 +42,10 @@ class Dynamic(Form):
     usual: Tensor
     spread: Tensor
 
-    def __init__(self, static: Form, frozen: int, layer: int, random: Tensor) -> None:
+    def __init__(self, static: Form, changing: Sequence[str], frozen: int, layer: int, random: Tensor) -> None:
         super().__init__()
         self.static, self.length, self.layer = static, static.length, layer
+        self.changing = list(changing)  # names of the sites that a row changes
         self.frozen = min(frozen, static.length - 1)
         self.register_buffer("usual", random.mean(0))  # [d], of pooled random texts
         self.register_buffer("spread", random.std(0, correction=0).clamp(min=1e-6))
@@ -51,10 +55,16 @@ class Dynamic(Form):
         if pooled is None:
             return static
         x = nn.functional.layer_norm((pooled - self.usual) / self.spread, pooled.shape[1:])
-        return self.changed(static, x / pooled.shape[1] ** 0.5)
+        changed = self.changed({n: static.sites[n] for n in self.changing}, x / pooled.shape[1] ** 0.5)
+        others = {
+            name: SiteKV(*(tensor.expand(len(x), -1, -1, -1) for tensor in kv))
+            for name, kv in static.sites.items()
+            if name not in changed
+        }
+        return KVPrefix({name: (changed | others)[name] for name in static.sites})
 
-    def changed(self, static: KVPrefix, x: Tensor) -> KVPrefix:
-        """The prefix of each row of x `[B, d]`, a vector of length 1."""
+    def changed(self, static: dict[str, SiteKV], x: Tensor) -> dict[str, SiteKV]:
+        """The changing sites of each row of x `[B, d]`, a vector of length 1."""
         raise NotImplementedError
 
     def generator_state(self) -> dict[str, Tensor]:
@@ -65,10 +75,12 @@ class Dynamic(Form):
 class LowRank(Dynamic):
     """Every row adds its own combination of `size` changes of the prefix."""
 
-    def __init__(self, static: Form, frozen: int, layer: int, random: Tensor, size: int) -> None:
-        super().__init__(static, frozen, layer, random)
-        self._shapes = []
-        for i, kv in enumerate(static().detach().sites.values()):
+    def __init__(
+        self, static: Form, changing: Sequence[str], frozen: int, layer: int, random: Tensor, size: int
+    ) -> None:
+        super().__init__(static, changing, frozen, layer, random)
+        self._shapes, start = [], static().detach().sites
+        for i, kv in enumerate(start[name] for name in changing):
             for part, tensor in zip(("keys", "values"), kv, strict=True):  # [1, H_kv, P, d]
                 moving = tensor[:, :, self.frozen :].float()
                 self._shapes.append(moving.shape[1:])
@@ -80,20 +92,20 @@ class LowRank(Dynamic):
         """How much of each change a row takes, `[B, size]`."""
         return torch.tanh(scores)
 
-    def changed(self, static: KVPrefix, x: Tensor) -> KVPrefix:
+    def changed(self, static: dict[str, SiteKV], x: Tensor) -> dict[str, SiteKV]:
         change = self.weights(x @ self.reader) @ self.changes  # [B, N]
         parts = iter(
             part.view(-1, *shape)  # [B, H_kv, P - frozen, d]
             for part, shape in zip(change.split([s.numel() for s in self._shapes], 1), self._shapes, strict=True)
         )
         sites = {}
-        for i, (name, kv) in enumerate(static.sites.items()):
+        for i, (name, kv) in enumerate(static.items()):
             keys, values = (
                 own + getattr(self, f"deviation_{part}_{i}") * nn.functional.pad(next(parts), (0, 0, self.frozen, 0))
                 for part, own in zip(("keys", "values"), kv, strict=True)
             )
             sites[name] = SiteKV(keys, values)
-        return KVPrefix(sites)
+        return sites
 
 
 class Mixture(LowRank):
@@ -106,22 +118,23 @@ class Mixture(LowRank):
 class Gates(Dynamic):
     """Every row scales the values of each layer and head, by 0 to 2."""
 
-    def __init__(self, static: Form, frozen: int, layer: int, random: Tensor) -> None:
-        super().__init__(static, frozen, layer, random)
-        self._kv_heads = [kv.values.shape[1] for kv in static().detach().sites.values()]
+    def __init__(self, static: Form, changing: Sequence[str], frozen: int, layer: int, random: Tensor) -> None:
+        super().__init__(static, changing, frozen, layer, random)
+        start = static().detach().sites
+        self._kv_heads = [start[name].values.shape[1] for name in changing]
         self.gates = nn.Parameter(torch.zeros(random.shape[1], sum(self._kv_heads)))
 
-    def changed(self, static: KVPrefix, x: Tensor) -> KVPrefix:
+    def changed(self, static: dict[str, SiteKV], x: Tensor) -> dict[str, SiteKV]:
         gates = (2 * torch.sigmoid(x @ self.gates)).split(self._kv_heads, 1)  # [B, H_kv] per site
         sites = {}
-        for (name, kv), gate in zip(static.sites.items(), gates, strict=True):
+        for (name, kv), gate in zip(static.items(), gates, strict=True):
             first, rest = kv.values.split([self.frozen, self.length - self.frozen], 2)
             scaled = rest * gate[:, :, None, None]
             sites[name] = SiteKV(
                 kv.keys.expand(len(gate), -1, -1, -1),
                 torch.cat([first.expand(len(gate), -1, -1, -1).to(scaled), scaled], 2),
             )
-        return KVPrefix(sites)
+        return sites
 
 
 def make_dynamic(
@@ -140,12 +153,13 @@ def make_dynamic(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         random = pool(base, sites, _random_prompts(base), layer)
+        changing = [site.name for site in trained_sites(config, chosen_sites(config, sites), {})]
         form: Dynamic
         if config.dynamic == "gates":
-            form = Gates(static, config.frozen_tokens, layer, random)
+            form = Gates(static, changing, config.frozen_tokens, layer, random)
         else:
             kind = {"low_rank": LowRank, "mixture": Mixture}[config.dynamic]
-            form = kind(static, config.frozen_tokens, layer, random, config.dynamic_size)
+            form = kind(static, changing, config.frozen_tokens, layer, random, config.dynamic_size)
     if state is not None:
         _load_generator(form, state)
     return form.to(base.device)

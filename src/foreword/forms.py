@@ -33,11 +33,13 @@ DEFAULT_LENGTH = 16
 class PrefixConfig:
     """What a prefix is made of.
 
-    form: `direct`, `projected` or `mlp`.
+    form: `projected`, `direct` or `mlp`.
     length: P, virtual tokens; by default the instruction's own length, else 16.
     start: `instruction`, `vocabulary` or `random`; by default the instruction if there is one, else vocabulary.
     instruction: the text whose keys and values are where training starts.
     frozen_tokens: how many first tokens stay as they start (the attention sink); not in `projected`.
+    frozen_layers: how many first layers' keys and values stay as they start; no gradient is computed below the first
+        that is trained. By default a third of a decoder's where they start from an instruction, else none.
     mlp_size: width of the hidden layer of `mlp`.
     layers: which of the base's layers the prefix enters; all by default.
     sites: which kinds of sites it enters, of `encoder`, `decoder` and `cross`; all by default.
@@ -49,11 +51,12 @@ class PrefixConfig:
     seed: of the random start.
     """
 
-    form: Literal["direct", "projected", "mlp"] = "direct"
+    form: Literal["direct", "projected", "mlp"] = "projected"
     length: int | None = None
     start: Literal["instruction", "vocabulary", "random"] | None = None
     instruction: str | None = None
     frozen_tokens: int = 1
+    frozen_layers: int | None = None
     mlp_size: int = 512
     layers: tuple[int, ...] | None = None
     sites: tuple[Kind, ...] | None = None
@@ -82,6 +85,8 @@ class PrefixConfig:
             raise InputError(f"positions {self.positions!r} is unknown; choose after or kept.")
         if self.frozen_tokens < 0:
             raise InputError(f"frozen_tokens must be 0 or more, not {self.frozen_tokens}.")
+        if self.frozen_layers is not None and self.frozen_layers < 0:
+            raise InputError(f"frozen_layers must be 0 or more, not {self.frozen_layers}.")
         if self.mlp_size < 1:
             raise InputError(f"mlp_size must be at least 1, not {self.mlp_size}.")
         if self.dynamic not in (None, *DYNAMIC):
@@ -228,6 +233,21 @@ class Finished(Form):
         )
 
 
+class Upper(Form):
+    """A form of the upper layers; those below keep the keys and values of the start."""
+
+    def __init__(self, start: KVPrefix, form: Form) -> None:
+        super().__init__()
+        self.form, self.length = form, form.length
+        trained = form().sites
+        self.names = list(start.sites)
+        self.below = Finished(KVPrefix({n: kv for n, kv in start.detach().sites.items() if n not in trained}))
+
+    def forward(self) -> KVPrefix:
+        sites = {**self.below().sites, **self.form().sites}
+        return KVPrefix({name: sites[name] for name in self.names})
+
+
 FORMS = ("direct", "projected", "mlp")
 DYNAMIC = ("low_rank", "mixture", "gates")
 
@@ -240,14 +260,54 @@ def make_form(config: PrefixConfig, base: PreTrainedModel, sites: list[Site], to
     start = capture(base, sites, ids.to(base.device))
     if config.chosen_start == "random":
         start = _as_noise(start, 0 if config.form == "projected" else config.frozen_tokens, generator)
+    upper = trained_sites(config, sites, start.shared)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        if config.form == "projected":
-            return Projected(base, sites, start).to(base.device)
-        if config.form == "mlp":
-            width = next(iter(start.hidden.values())).shape[-1]
-            return MLP(start.kv, config.frozen_tokens, width, config.mlp_size).to(base.device)
-        return Direct(start.kv, config.frozen_tokens).to(base.device)
+        form = _form_of(config, base, upper, start.of(upper)).to(base.device)
+    return form if len(upper) == len(sites) else Upper(start.kv, form)
+
+
+def _form_of(config: PrefixConfig, base: PreTrainedModel, sites: list[Site], start: Capture) -> Form:
+    if config.form == "projected":
+        return Projected(base, sites, start)
+    if config.form == "mlp":
+        width = next(iter(start.hidden.values())).shape[-1]
+        return MLP(start.kv, config.frozen_tokens, width, config.mlp_size)
+    return Direct(start.kv, config.frozen_tokens)
+
+
+def direct_from(config: PrefixConfig, kv: KVPrefix, sites: list[Site]) -> Form:
+    """Finished keys and values to be trained on, as `direct`; what `config` keeps frozen stays so."""
+    upper = [s.name for s in trained_sites(config, [s for s in sites if s.name in kv.sites], {})]
+    form = Direct(KVPrefix({name: kv.sites[name] for name in upper}), config.frozen_tokens)
+    return form if len(upper) == len(kv.sites) else Upper(kv, form)
+
+
+def trained_sites(config: PrefixConfig, sites: list[Site], shared: dict[str, str]) -> list[Site]:
+    """Those above `config.frozen_layers`, of each kind; a site that shares another's keys and values goes with it."""
+    numbers, frozen = _layer_numbers(sites), frozen_layers(config, sites)
+    upper = [s for s in sites if numbers[shared.get(s.name, s.name)] >= frozen]
+    if not upper:
+        raise InputError(f"frozen_layers={frozen} leaves none of the prefix's layers to train.")
+    return upper
+
+
+def frozen_layers(config: PrefixConfig, sites: list[Site]) -> int:
+    """How many of the layers that the prefix enters keep their start."""
+    if config.frozen_layers is not None:
+        return config.frozen_layers
+    decoder = all(site.kind == "decoder" for site in sites)
+    return len(sites) // 3 if decoder and config.chosen_start == "instruction" else 0
+
+
+def _layer_numbers(sites: list[Site]) -> dict[str, int]:
+    """Each site's place among those of its kind."""
+    counts = dict.fromkeys(get_args(Kind), 0)
+    numbers = {}
+    for site in sites:
+        numbers[site.name] = counts[site.kind]
+        counts[site.kind] += 1
+    return numbers
 
 
 def chosen_sites(config: PrefixConfig, sites: list[Site]) -> list[Site]:
@@ -258,13 +318,10 @@ def chosen_sites(config: PrefixConfig, sites: list[Site]) -> list[Site]:
     sites = [site for site in sites if config.sites is None or site.kind in config.sites]
     if config.layers is None:
         return sites
-    kept, counts = [], {"decoder": 0, "encoder": 0, "cross": 0}
-    for site in sites:
-        if counts[site.kind] in config.layers:
-            kept.append(site)
-        counts[site.kind] += 1
-    if not kept or max(config.layers) >= max(counts.values()):
-        raise InputError(f"layers {list(config.layers)} are not all among the base's {max(counts.values())}.")
+    numbers = _layer_numbers(sites)
+    kept = [site for site in sites if numbers[site.name] in config.layers]
+    if not kept or max(config.layers) > max(numbers.values()):
+        raise InputError(f"layers {list(config.layers)} are not all among the base's {max(numbers.values()) + 1}.")
     return kept
 
 

@@ -173,7 +173,8 @@ class Behind(Form):
         shared, own = self.shared(), dict(self.own().sites)
         for i, name in enumerate(self._sites):
             if name in own:
-                own[name] = SiteKV(own[name].keys @ getattr(self, f"turn_{i}"), own[name].values)
+                keys, turn = own[name].keys, getattr(self, f"turn_{i}")
+                own[name] = SiteKV((keys.float() @ turn).to(keys.dtype), own[name].values)
         if shared.sites.keys() != own.keys():
             raise InputError("the shared prefix enters other layers than a task's own; give both the same.")
         return joined([shared, KVPrefix(own)])

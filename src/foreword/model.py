@@ -18,11 +18,11 @@ from transformers import PreTrainedModel
 
 from . import files
 from .attention import Kernel
-from .bases import base_of, quantisation
+from .bases import base_of, keep_unpacked, quantisation
 from .dynamic import Dynamic, make_dynamic, pool
 from .errors import InputError
 from .folder import Folder
-from .forms import Direct, Finished, Form, PrefixConfig, make_form
+from .forms import Finished, Form, PrefixConfig, chosen_sites, direct_from, frozen_layers, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
 from .prompts import Prompt, Prompted, find_prompt
 from .reading import Reader, rows_for
@@ -53,6 +53,7 @@ class PrefixModel(nn.Module):
     def __init__(self, base: PreTrainedModel, tokenizer: Any = None, kernel: Kernel = "auto") -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        keep_unpacked(base)
         # Of the bare base, whatever is put on it or merged into it later.
         self.fingerprint, self.base_parameters = files.fingerprint(base), base.num_parameters()
         self.tokenizer = tokenizer
@@ -89,7 +90,8 @@ class PrefixModel(nn.Module):
         positions = config.positions or ("after" if self.can_move_positions else "kept")
         if config.window == "slides" and positions == "kept":
             raise InputError("a prefix can slide out of the window only where text comes after it (positions='after').")
-        self.configs[name] = replace(config, length=form.length, positions=positions)
+        frozen = frozen_layers(config, chosen_sites(config, self.sites))
+        self.configs[name] = replace(config, length=form.length, positions=positions, frozen_layers=frozen)
         self.forms[name] = form
         self.active = name
         return form
@@ -115,7 +117,7 @@ class PrefixModel(nn.Module):
             combine.restore(self, header["combined"], tensors, trainable)
         kv = files.kv_from(header, tensors).to(self.base.device)
         config = PrefixConfig.from_dict(header["prefix"])
-        static = Direct(kv, config.frozen_tokens).to(self.base.device) if trainable else Finished(kv)
+        static = direct_from(config, kv, self.sites).to(self.base.device) if trainable else Finished(kv)
         form = make_dynamic(config, static, self.base, self.sites, files.generator_from(tensors))
         form.requires_grad_(trainable)
         self.configs[name] = replace(config, form="direct") if trainable else config

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from .attention import ATTRIBUTE, Kernel, ReadPrefix
 from .errors import InputError
 from .kv import KVPrefix, SiteKV
+from .packing import Packing
 from .sites import Site, implementations, routed
-from .split import Packing
 
 TEXT_ARGUMENTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 Installed = list[tuple[nn.Module, ReadPrefix | None]]

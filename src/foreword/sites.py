@@ -24,6 +24,7 @@ from .kv import KVPrefix, SiteKV
 Kind = Literal["decoder", "encoder", "cross"]
 # What cross-attention modules call the source of their keys.
 SOURCES = ("key_value_states", "encoder_hidden_states")
+EXACT = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Capture:
     hidden: dict[str, Tensor]
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
     shared: dict[str, str] = field(default_factory=dict)  # sites that read an earlier site's keys and values
+
+    def of(self, sites: list[Site]) -> Capture:
+        """What of it is of these sites."""
+        kv = KVPrefix({site.name: self.kv.sites[site.name] for site in sites})
+        return Capture(kv, self.hidden, self.calls, self.shared)
 
 
 def implementations(base: PreTrainedModel) -> list[tuple[Any, str | None]]:
@@ -119,13 +125,48 @@ def find_sites(base: PreTrainedModel) -> list[Site]:
     source_length = inputs["input_ids"].shape[1]
     sites = [_site(base, names[i], source_length, *rest) for i, rest in seen.items()]
     _check_every_layer(base, family, sites)
-    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 1e-1
-    if not torch.allclose(expected, found, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+    rounded = not all(p.dtype in EXACT for p in base.parameters())
+    same = _close(expected, found, 1e-1 if expected.dtype not in EXACT else 1e-3)
+    if not same and not (rounded and _same_site_by_site(base, sites, inputs)):
         raise InputError(
             f"the attention of {family} does something that foreword does not know (its outputs differ by "
             f"{float((expected - found).abs().max()):.2g} without any prefix), so a prefix would be wrong there."
         )
     return sites
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether two outputs are the same but for rounding."""
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * float(a.abs().max()))
+
+
+def _same_site_by_site(base: PreTrainedModel, sites: list[Site], inputs: dict[str, Tensor]) -> bool:
+    """Whether every site does with `prefix_attention` what it does without it, given the same hidden states.
+
+    At the end of a quantised base in bfloat16 a rounding in its first layers can have become anything, on tokens that
+    it never saw; at a site it stays below 2 %.
+    """
+    given: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    outputs: list[Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = {k: kwargs[k] for k in ("hidden_states", *SOURCES) if isinstance(kwargs.get(k), Tensor)}
+        first, named = given.setdefault(module, (args[:1], hidden))
+        return (*first, *args[1:]), {**kwargs, **named}
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(site.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(site.module.register_forward_hook(after).remove)
+        with evaluating(base), torch.no_grad():
+            base(**inputs)
+            with routed(base):
+                base(**inputs)
+    half = len(outputs) // 2
+    return all(_close(a, b, 3e-2) for a, b in zip(outputs[:half], outputs[half:], strict=True))
 
 
 def probe_inputs(base: PreTrainedModel) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 Each part runs the CPU's flash kernel, so the tokens keep its causal path, and a prefix that the batch shares is read
 once: the batch is folded into more queries of it. Rows may lie one behind another in a single sequence without padding
-(`packing`); each is then a part of its own. The gradient of a part needs the whole softmax's output and log-sum-exp
-alone (the identity behind ring attention, Liu et al. 2023, arXiv:2310.01889), so `_part_gradients` computes it in
-blocks of queries by plain matrix products, which skip what causality hides.
+(`packing`); each is then a part of its own. The backward pass is in gradients.py.
 
 Shapes as in attention.py. Half precision is computed in float32: in bfloat16 the rounding of sharp attention is several
 percent of the gradient. A single query per row, as while decoding, goes through one softmax over both parts instead.
@@ -19,27 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK = 128  # queries per block of the backward pass where causality hides what is beyond them
-SCORES = 2**18  # scores per head and block elsewhere
+from .gradients import attention_gradients
+from .packing import Packing
+
 SHORT = 512  # of a shared prefix, up to which one softmax over both parts is faster while decoding
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Rows that lie one behind another in a sequence of `sum(lengths)` tokens.
-
-    prefixes: how many prefix tokens each row reads, where every row has a prefix of its own.
-    """
-
-    lengths: tuple[int, ...]
-    prefixes: tuple[int, ...] | None = None
-
-    def spans(self) -> list[tuple[int, int]]:
-        """First and last (exclusive) token of each row."""
-        ends = torch.tensor(self.lengths).cumsum(0).tolist()
-        return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 @dataclass
@@ -130,49 +113,6 @@ def _attend_part(query: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tens
     return part.back(out, query), part.back(lse, query)
 
 
-def _part_gradients(
-    grad: Tensor, query: Tensor, out_grad: Tensor, lse: Tensor, part: _Part, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of a part's queries (unfolded), keys and values.
-
-    With P = exp(scale Q K^T + mask - lse) and D = rowsum(dO * O):
-        dV = P^T dO,  dS = P * (dO V^T - D),  dQ = scale dS K,  dK = scale dS^T Q.
-
-    grad: dO `[B, H, n, d]`; out_grad: D `[B, H, n]`; lse: of the whole softmax, +inf where nothing is seen.
-    """
-    grad, q, delta, lse = (part.queries(x) for x in (grad, query, out_grad, lse))
-    rows, kv_heads, tokens, size = part.keys.shape
-    groups, length = q.shape[1] // kv_heads, q.shape[2]
-    keys, values = (x.reshape(rows * kv_heads, tokens, size) for x in (part.keys, part.values))
-    dq = torch.empty_like(q)
-    dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
-    step = BLOCK if part.causal else max(BLOCK, SCORES // tokens)
-    for a in range(0, length, step):
-        b = min(a + step, length)
-        m = b if part.causal else tokens  # keys that this block may see
-        q_, g_, d_, l_ = (_grouped(x[:, :, a:b], kv_heads) for x in (q, grad, delta, lse))
-        k_, v_ = keys[:, :m], values[:, :m]
-        scores = torch.baddbmm(-l_[..., None], q_, k_.transpose(1, 2), alpha=scale)  # [B H_kv, G (b-a), m]
-        if part.mask is not None:
-            scores.view(rows, kv_heads * groups, b - a, m).add_(part.mask[:, :, a:b])
-        weights = scores.exp_()
-        if part.causal:
-            after = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1)
-            weights.view(-1, groups, b - a, m)[..., a:].masked_fill_(after, 0.0)
-        dv[:, :m].baddbmm_(weights.transpose(1, 2), g_)
-        change = torch.baddbmm(-d_[..., None], g_, v_.transpose(1, 2)).mul_(weights)  # dS
-        dq[:, :, a:b] = torch.bmm(change, k_).mul_(scale).view(rows, kv_heads * groups, b - a, size)
-        dk[:, :m].baddbmm_(change.transpose(1, 2), q_, alpha=scale)
-    shape = (rows, kv_heads, tokens, size)
-    return part.back(dq, query), dk.view(shape), dv.view(shape)
-
-
-def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, H, n, ...] -> [B * H_kv, groups * n, ...]."""
-    rows, heads, length, *rest = x.shape
-    return x.reshape(rows * kv_heads, heads // kv_heads * length, *rest)
-
-
 def _merged(
     tensors: Sequence[Tensor],
     masks: Sequence[Tensor | None],
@@ -254,21 +194,9 @@ class _SplitAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         masks, hidden, causal, scale, packing = ctx.settings
-        q, k, v, pk, pv = (_wide(x) for x in tensors)
-        grad = _wide(grad)
-        delta = (grad * out).sum(-1)
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-        dq, dk, dv, dpk, dpv = (torch.zeros_like(x) for x in (q, k, v, pk, pv))
-        tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing, q.shape[2])
-        # the same parts of the gradients as of the tensors: views to add to
-        into = _parts(dk, dv, dpk, dpv, masks, hidden, causal, packing, q.shape[2])
-        for part, target in zip([*tokens, *prefix], [*into[0], *into[1]], strict=True):
-            if part.keys.shape[2]:
-                part_dq, part_dk, part_dv = _part_gradients(grad, q, delta, lse, part, scale)
-                dq[:, :, part.start : part.stop] += part_dq
-                target.keys += part_dk
-                target.values += part_dv
-        grads = [g.to(x.dtype) for g, x in zip((dq, dk, dv, dpk, dpv), tensors, strict=True)]
+        wide = [_wide(x) for x in tensors]
+        found = attention_gradients(_wide(grad), wide, out, lse, masks, hidden, causal, scale, packing)
+        grads = [g.to(x.dtype) for g, x in zip(found, tensors, strict=True)]
         return *grads, None, None, None, None, None
 
 

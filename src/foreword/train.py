@@ -36,7 +36,7 @@ from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
 
 __all__ = ["TrainConfig", "TrainResult", "build", "train", "unfinished_config"]
 
-LEARNING_RATES = {"direct": 1e-2, "projected": 5e-3, "mlp": 3e-4}
+LEARNING_RATES = {"direct": 2e-2, "projected": 1e-2, "mlp": 3e-4}
 NAME = "prefix"
 SPLITS = ("train", "validation", "test")
 SECONDS_BETWEEN_LINES = 10.0
@@ -108,6 +108,8 @@ def conclude(
     began: when this process did, by the monotonic clock.
     """
     say(f"Testing on {len(data.test)} rows.")
+    if task.head is not None:
+        task.head.become_plain()  # what is tested is what is saved, to the bit
     results = _predictions(config, task, data.test, say)
     report = task.report(data.test, results)
     summary = {
@@ -211,8 +213,8 @@ def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingA
 
 
 def learning_rate(config: TrainConfig) -> float:
-    """As given, or that of the form."""
-    return config.learning_rate or LEARNING_RATES[config.prefix.form]
+    """As given, or that of the form; keys and values that were saved before train on as they are."""
+    return config.learning_rate or LEARNING_RATES["direct" if config.start_from else config.prefix.form]
 
 
 def log_to(trainer: PrefixTrainer, folder: Path) -> None:

@@ -139,9 +139,10 @@ def test_families_that_cannot_work_say_why(name: str) -> None:
     assert model.config._attn_implementation != "foreword"
 
 
-def test_attention_that_does_something_unknown_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_that_does_something_unknown_is_refused(dtype: torch.dtype) -> None:
     """Outputs that differ without any prefix betray an argument that prefix attention would drop."""
-    model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SIZES)).eval()
+    model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SIZES), dtype=dtype).eval()
 
     def odd(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         routed = model.config._attn_implementation == "foreword"
@@ -149,4 +150,21 @@ def test_attention_that_does_something_unknown_is_refused() -> None:
 
     model.model.layers[0].self_attn.register_forward_hook(odd, with_kwargs=True)
     with pytest.raises(InputError, match=r"does something that foreword does not know \(its outputs differ by"):
+        find_sites(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_in_half_precision_each_site_is_looked_at_before_a_base_is_refused(dtype: torch.dtype) -> None:
+    """Behind the sites stands what makes the least rounding large."""
+    model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**SIZES), dtype=dtype).eval()
+
+    def chaos(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output.flip(-1) if model.config._attn_implementation == "foreword" else output
+
+    model.model.norm.register_forward_hook(chaos)
+    if dtype == torch.bfloat16:
+        assert len(find_sites(model)) == 2
+        assert not any(m._forward_pre_hooks for m in model.modules())
+        return
+    with pytest.raises(InputError, match="does something that foreword does not know"):
         find_sites(model)

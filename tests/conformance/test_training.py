@@ -221,6 +221,39 @@ def test_parameter_counts_follow_the_formula(family: Family, form: str) -> None:
 
 
 @every_family
+@every_form
+def test_frozen_layers_keep_their_start_and_no_gradient_reaches_below_them(
+    family: Family, form: str, tmp_path: Path
+) -> None:
+    model = PrefixModel(fresh(family.name))
+    add(model, "whole", form, moved=False)
+    add(model, "p", form, moved=False, frozen_layers=1)
+    start, upper = model.kv("whole").detach(), model.kv("p")
+    assert list(upper.sites) == list(start.sites)
+    frozen = [name for name, kv in upper.sites.items() if not kv.keys.requires_grad]
+    first = {site.kind: site.name for site in reversed(model.sites)}  # the lowest of each kind
+    assert set(first.values()) <= set(frozen) and len(frozen) < len(start.sites)
+    for name, kv in upper.sites.items():
+        assert all(torch.equal(x, y) for x, y in zip(kv, start.sites[name], strict=True)), name
+    batch, reached = inputs(family, [7, 5, 3]), {}
+    with listening(lambda module, key, value, _: reached.setdefault(module, key.requires_grad)):
+        loss_of(model, family, batch, prefix="p").backward()
+    below = [site for site in model.sites if site.kind != "cross" and site.name == first[site.kind]]
+    assert not any(reached[site.module] for site in below if site.kind == model.sites[0].kind)
+    model.remove("whole")
+    train(model, family, batch)
+    trained = model.kv("p").detach()
+    for name, kv in trained.sites.items():
+        assert torch.equal(kv.keys, start.sites[name].keys) == (name in frozen), name
+    model.save_pretrained(tmp_path / "p", "p")
+    again = PrefixModel(model.base)
+    again.load(tmp_path / "p", "p", trainable=True)
+    assert all(torch.equal(kv.keys, trained.sites[name].keys) for name, kv in again.kv("p").sites.items())
+    if form == "direct" and "shared" not in family.name:  # a file does not say which sites share keys and values
+        assert again.count("p") == model.count("p")
+
+
+@every_family
 def test_a_subset_of_layers_leaves_the_others_alone(family: Family) -> None:
     """A prefix of the last layer alone leaves the first layer's output as it was, positions apart."""
     model = PrefixModel(base(family.name))

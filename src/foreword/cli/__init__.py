@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import typer
@@ -36,6 +37,8 @@ def main() -> None:
     """Run the command line. What is wrong is said in one sentence: exit code 2 for bad input, 1 for failed work."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it once; a third less peak memory in training
+    # It misses a kernel for packed weights, at import; `bases.keep_unpacked` leaves none.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except SystemExit as end:  # typer's own, of success too

@@ -25,7 +25,7 @@ def training(
         str | None, typer.Option(help="Column of the texts, or several with commas; found if not given.")
     ] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels; found if not given.")] = None,
-    form: Annotated[str, typer.Option(help="direct, projected or mlp.")] = "direct",
+    form: Annotated[str, typer.Option(help="projected, direct or mlp.")] = "projected",
     length: Annotated[
         int | None, typer.Option(help="Virtual tokens; by default the instruction's own length, else 16.")
     ] = None,

@@ -111,7 +111,10 @@ class PrefixAnswerer(PrefixTask):
         default = "Question: {question}\nContext: {context}"
         if model.kind == "encoder" and separator:
             default = f"{{question}} {separator} {{context}}"
-        return cls(model, AnswerSettings(max_length, template or default, stride))
+        made = cls(model, AnswerSettings(max_length, template or default, stride))
+        if data is not None:
+            made.measure_head(data.train)
+        return made
 
     @classmethod
     def instruction(cls, data: Data) -> str:

@@ -5,6 +5,10 @@ position; only that position and those rows of the output matrix are ever multip
 the hidden state there. The position is the last token (decoders), the mask token or the first (encoders), or the
 decoder's start token (encoder-decoders).
 
+A linear head starts from the labels' names: a label's row is the sum of the output embeddings of its name's tokens over
+the root of their number, less the mean of all labels' rows, scaled to what fits some of the rows best; nought where the
+names say nothing of them.
+
 Where a table has lists of labels, each label is a decision of its own: a linear head, the binary cross-entropy, and
 every label of probability above one half.
 """
@@ -12,7 +16,7 @@ every label of probability above one half.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -25,10 +29,13 @@ from ..model import ACTIVE, PrefixModel
 from ..schemas import CLASSIFY, Row, label_names
 from . import metrics
 from .encoding import Template
+from .head import Head
 from .metrics import classification_metrics, confusion, multi_label_metrics, per_label
 from .output import output_layer
 from .task import PrefixTask, Progress
 from .template import ClassifySettings, default_instruction, first_token, make_settings
+
+SCALES = torch.linspace(0, 3, 13)  # of its logits at the start, in their deviation
 
 
 class PrefixClassifier(PrefixTask):
@@ -51,15 +58,23 @@ class PrefixClassifier(PrefixTask):
         self._encoder = Template(model, settings.template, settings.fields, settings.max_length)
 
     @classmethod
-    def for_labels(cls, model: PrefixModel, labels: Sequence[str], **settings: Any) -> Self:
-        """A classifier of `labels`; what is not given is derived from their names, as `make_settings` says."""
-        return cls(model, make_settings(model, labels, **settings))
+    def for_labels(
+        cls, model: PrefixModel, labels: Sequence[str], *, rows: Sequence[Row] = (), **settings: Any
+    ) -> Self:
+        """A classifier of `labels`; what is not given is derived from their names, as `make_settings` says.
+
+        rows: those to learn from; a linear head then starts from the labels' names, and else at nought.
+        """
+        classifier = cls(model, make_settings(model, labels, **settings))
+        if rows and classifier.head is not None:
+            classifier._start_from_names(rows)
+        return classifier
 
     @classmethod
     def for_data(cls, model: PrefixModel, data: Data, **options: Any) -> Self:
         many = isinstance(data.train[0].label, tuple)
         fields = data.fields if len(data.fields) > 1 else ("text",)
-        return cls.for_labels(model, data.labels, fields=fields, multi_label=many, **options)
+        return cls.for_labels(model, data.labels, rows=data.train, fields=fields, multi_label=many, **options)
 
     @classmethod
     def instruction(cls, data: Data) -> str:
@@ -98,11 +113,27 @@ class PrefixClassifier(PrefixTask):
             logits = self.apply_head(self.pooled(input_ids, attention_mask, prefix))
         else:
             logits = self._word_logits(input_ids, attention_mask, prefix)
-        if labels is None:
-            return {"logits": logits}
+        return {"logits": logits} if labels is None else {"loss": self._loss(logits, labels), "logits": logits}
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.settings.multi_label:
-            return {"loss": nn.functional.binary_cross_entropy_with_logits(logits, labels), "logits": logits}
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        return nn.functional.cross_entropy(logits, labels)
+
+    @torch.no_grad()
+    def _start_from_names(self, rows: Sequence[Row]) -> None:
+        """What the module says of a linear head; measured from their mean, the rows prefer no label."""
+        head, output = cast(Head, self.head), cast(Any, self.model.base).get_output_embeddings()
+        examples, embeddings = self.measure_head(rows), whole(output.weight)
+        names = [f" {label.replace('_', ' ')}" for label in self.settings.labels]
+        ids = self.model.tokenizer(names, add_special_tokens=False)["input_ids"]
+        start = torch.stack([embeddings[name].float().sum(0) / max(1, len(name)) ** 0.5 for name in ids])
+        head.weight.copy_((start - start.mean(0)) * head.deviation)
+        logits = torch.stack(self.logits([{"input_ids": e["input_ids"]} for e in examples], 16, ACTIVE))
+        deviation = max(float(logits.std(correction=0)), 1e-6)
+        targets = torch.tensor([example["labels"] for example in examples])
+        losses = [float(self._loss(scale / deviation * logits, targets)) for scale in SCALES]
+        head.weight.mul_(float(SCALES[losses.index(min(losses))]) / deviation)
 
     def position(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`[B]`, the position in its row that each label is read off."""

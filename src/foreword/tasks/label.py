@@ -115,7 +115,9 @@ class PrefixLabeller(PrefixTask):
     ) -> Self:
         """By default a decoder reads the words twice."""
         default = f"{TOKENS}\n{TOKENS}" if model.kind == "decoder" else TOKENS
-        return cls(model, LabelSettings(max_length, tuple(data.labels), template or default))
+        made = cls(model, LabelSettings(max_length, tuple(data.labels), template or default))
+        made.measure_head(data.train)
+        return made
 
     @classmethod
     def instruction(cls, data: Data) -> str:

@@ -77,7 +77,9 @@ class PrefixRegressor(PrefixTask):
         fields = data.fields if len(data.fields) > 1 else ("text",)
         separator = getattr(model.tokenizer, "sep_token", None)
         template = template or default_template(model.kind, False, fields, separator).replace("Category:", "Score:")
-        return cls(model, RegressSettings(max_length, template, statistics.fmean(scores), deviation, fields))
+        made = cls(model, RegressSettings(max_length, template, statistics.fmean(scores), deviation, fields))
+        made.measure_head(data.train)
+        return made
 
     @classmethod
     def instruction(cls, data: Data) -> str:

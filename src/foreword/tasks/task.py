@@ -20,9 +20,11 @@ from ..data import Data
 from ..errors import InputError
 from ..model import ACTIVE, PrefixModel
 from ..schemas import Row, Schema
+from .head import Head
 from .output import hidden_before_output
 
 IGNORED = -100  # the label of a position that has none, as PyTorch's cross-entropy has it
+MEASURED = 64  # rows that a head is measured on before training
 Progress = Callable[[int, int], None]
 
 
@@ -64,7 +66,7 @@ class PrefixTask(nn.Module):
     def __init__(self, model: PrefixModel, settings: Any, head_size: int | None = None) -> None:
         super().__init__()
         self.model, self.settings = model, settings
-        self.head: nn.Linear | None = None
+        self.head: Head | None = None
         # Figures of the logits, for transformers' Trainer during validation.
         self.compute_metrics: Callable[..., dict[str, float]] | None = None
         if head_size is not None:
@@ -72,9 +74,7 @@ class PrefixTask(nn.Module):
             if output is None:
                 raise InputError(f"{type(model.base).__name__} has no output embeddings to {self.verb} with.")
             width = _encoder_width(model) if self.reads_tokens else output.weight.shape[1]
-            self.head = nn.Linear(width, head_size).to(model.device)
-            nn.init.zeros_(self.head.weight)  # every output alike at first, whatever the scale of the hidden states
-            nn.init.zeros_(self.head.bias)
+            self.head = Head(width, head_size).to(model.device)
 
     # ---- what a task says
 
@@ -237,7 +237,21 @@ class PrefixTask(nn.Module):
     def apply_head(self, hidden: Tensor) -> Tensor:
         """The head's outputs in float32."""
         assert self.head is not None
-        return self.head(hidden.to(self.head.weight.dtype)).float()
+        return self.head(hidden)
+
+    def measure_head(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """Measure what the head reads on some of the rows to learn from; returns the examples made of them."""
+        assert self.head is not None
+        examples, _ = self.examples(rows[:: -(-len(rows) // MEASURED)])
+        read: list[Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
+        try:
+            self.logits([{name: value for name, value in e.items() if name != "labels"} for e in examples], 16, ACTIVE)
+        finally:
+            handle.remove()
+        with torch.no_grad():
+            self.head.measure(torch.cat(read))
+        return examples
 
     @property
     def is_sharded(self) -> bool:
@@ -251,7 +265,7 @@ class PrefixTask(nn.Module):
 
     def save_pretrained(self, directory: str | Path, training: dict[str, Any] | None = None) -> None:
         """The prefix, the task and the head, as one directory."""
-        extra = {} if self.head is None else {"head.weight": self.head.weight, "head.bias": self.head.bias}
+        extra = {} if self.head is None else {f"head.{name}": t for name, t in self.head.plain().items()}
         self.model.save_pretrained(directory, task=self.settings.to_dict(), training=training, extra=extra)
 
     @classmethod
@@ -269,7 +283,7 @@ class PrefixTask(nn.Module):
         model.load(directory, name)
         task = cls(model, cls.settings_class.from_dict(saved))
         if task.head is not None:
-            task.head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})
+            task.head.load_plain(tensors["head.weight"], tensors["head.bias"])
         return task.eval()
 
 

@@ -13,7 +13,7 @@ from ..model import PrefixModel
 from .encoding import MASK, check_template
 from .task import Settings
 
-NAMED_LABELS = 20
+NAMED_LABELS = 20  # beyond so many an instruction does not name them, and words that tell them apart say little of them
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def make_settings(
 ) -> ClassifySettings:
     """Settings for `labels` on a base, what is not given derived from the labels' names.
 
-    head: `words`, `linear`, or `auto` (words where every label has one, else linear).
+    head: `words`, `linear`, or `auto` (words where labels are few and every one has one, else linear).
     fields, multi_label: as in ClassifySettings.
     Raises InputError for a template without {text}, words that begin alike, or too few or many of them.
     """
@@ -120,7 +120,7 @@ def make_settings(
         raise InputError("rows with lists of labels need a linear head; leave out the label words.")
     head = "linear" if multi_label else head
     words = tuple(label_words) if label_words else None
-    if head != "linear" and words is None:
+    if words is None and (head == "words" or (head == "auto" and len(labels) <= NAMED_LABELS)):
         words = derive_label_words(labels, model.tokenizer)
         if words is None and head == "words":
             raise InputError("no distinct label words follow from the label names; give them, or use a linear head.")

@@ -184,8 +184,17 @@ def generation(settings: Settings) -> dict[str, Any]:
     for name in settings["methods"]:
         method = made(name, base, tokenizer, settings)
         method.module.eval()
+        if name == "foreword":
+            finished(method, ["served"])
         calls[name] = lambda m=method: m.generate(**inputs, **fixed)  # type: ignore[misc]
     return speeds(calls, settings)
+
+
+def finished(method: Method, names: list[str]) -> None:
+    """Put the prefix on the model by these names as it is when it comes from a file: keys and values, made once."""
+    model: Any = method.module.model  # type: ignore[union-attr]
+    for name in names:
+        model.put(name, model.kv("prefix"), like="prefix")
 
 
 def mixed(settings: Settings) -> dict[str, Any]:
@@ -195,10 +204,10 @@ def mixed(settings: Settings) -> dict[str, Any]:
     own = made("foreword", base, tokenizer, settings)
     model: Any = own.module.model  # type: ignore[union-attr]
     theirs = made("peft-text", base, tokenizer, settings).module.eval()
+    finished(own, [f"p{i}" for i in range(count)])
     for i in range(1, count):
-        model.put(f"p{i}", model.kv("prefix"), like="prefix")
         theirs.add_adapter(f"p{i}", theirs.peft_config["default"])  # type: ignore[operator]
-    names = (["prefix"] + [f"p{i}" for i in range(1, count)]) * (settings["batch_size"] // count)
+    names = [f"p{i}" for i in range(count)] * (settings["batch_size"] // count)
 
     def switching() -> None:
         for i in range(count):

@@ -95,8 +95,8 @@ def reference_attention(
     tokens = key.shape[2]
     if prefix is not None:
         p = prefix.kv
-        key = torch.cat([p.keys.to(key.dtype).expand(rows, -1, -1, -1), key], dim=2)  # [B, H_kv, P+m, d_k]
-        value = torch.cat([p.values.to(value.dtype).expand(rows, -1, -1, -1), value], dim=2)
+        key = torch.cat([p.keys.to(wide).expand(rows, -1, -1, -1), key.to(wide)], dim=2)  # [B, H_kv, P+m, d_k]
+        value = torch.cat([p.values.to(wide).expand(rows, -1, -1, -1), value.to(wide)], dim=2)
     groups = heads // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = query.to(wide) @ key.to(wide).transpose(-1, -2)  # [B, H, n, P+m]

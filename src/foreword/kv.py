@@ -46,6 +46,10 @@ class KVPrefix:
         return next(iter(self.sites.values())).keys.shape[2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.sites.values())).keys.dtype
+
+    @property
     def visible(self) -> Tensor | None:
         """`[R, P]`, False on padding; None when every row has the full length."""
         if self.lengths is None:

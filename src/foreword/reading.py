@@ -85,6 +85,8 @@ class Reader:
             self._installed = []
 
     def _hook(self, stack: ExitStack, this: object, kv: KVPrefix | Source, manner: _Manner) -> None:
+        if isinstance(kv, KVPrefix) and not torch.is_grad_enabled():
+            kv = kv.to(torch.promote_types(kv.dtype, torch.float32))  # once, and not in every layer of every step
         encoder = self._base.get_encoder() if self._base.config.is_encoder_decoder else None
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -322,7 +322,8 @@ def _source(kwargs: dict[str, Any]) -> str | None:
 
 def project(site: Site, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: Tensor) -> SiteKV:
     """Keys and values of `hidden` `[1, P, d]` by the site's own forward: K_p = P^l W_K, V_p = P^l W_V, with its
-    biases, norms and rotation for positions 0..P-1. Differentiable in `hidden`."""
+    biases, norms and rotation for positions 0..P-1. It stops where attention would begin. Differentiable in `hidden`.
+    """
     args, kwargs = call
     source = _source(kwargs)
     if source is None:
@@ -330,7 +331,12 @@ def project(site: Site, call: tuple[tuple[Any, ...], dict[str, Any]], hidden: Te
     else:
         kwargs = {**kwargs, source: hidden}
     found: list[SiteKV] = []
-    with listening(lambda module, key, value, arguments: found.append(SiteKV(key, value))):
+
+    def reached(module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
+        found.append(SiteKV(key, value))
+        raise _ReachedError
+
+    with listening(reached), suppress(_ReachedError):
         site.module(*args, **kwargs)
     return found[0]
 

@@ -186,16 +186,17 @@ class _SplitAttention(torch.autograd.Function):
         tensors = query, key, value, prefix_key, prefix_value
         out, lse, p_lse = _merged(tensors, masks, hidden, causal, scale, packing)
         merged = torch.logaddexp(lse, p_lse)  # [B, H, n]
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, prefix_key, prefix_value, out, merged)
         ctx.settings = masks, hidden, causal, scale, packing
-        return out.to(query.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         *tensors, out, lse = ctx.saved_tensors
         masks, hidden, causal, scale, packing = ctx.settings
         wide = [_wide(x) for x in tensors]
-        found = attention_gradients(_wide(grad), wide, out, lse, masks, hidden, causal, scale, packing)
+        found = attention_gradients(_wide(grad), wide, _wide(out), lse, masks, hidden, causal, scale, packing)
         grads = [g.to(x.dtype) for g, x in zip(found, tensors, strict=True)]
         return *grads, None, None, None, None, None
 
@@ -254,7 +255,7 @@ def split_attention(
     masks: list[Tensor | None] = [_additive(mask, query)]
     if packing is not None:
         masks = [None if window is None or n <= window else window_mask(n, window, query) for n in packing.lengths]
-    tensors = query, key, value, prefix_keys.to(key.dtype), prefix_values.to(value.dtype)
+    tensors = query, key, value, prefix_keys, prefix_values
     settings = masks, _additive(hidden, query), causal, scale, packing
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _SplitAttention.apply(*tensors, *settings)

@@ -49,3 +49,15 @@ def test_gradients_are_the_same_bit_for_bit_and_less_is_kept(name: str, monkeypa
     plain, more = gradients(model, batch), kept(model, batch)
     assert lean and all(torch.equal(a, b) for a, b in zip(lean, plain, strict=True))
     assert more - less == sum(outputs) > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_of_states_in_half_precision_no_float32_copy_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = wrapped(name, own=True), inputs(BY_NAME[name], LENGTHS)
+    model.base.to(torch.bfloat16)
+    lean, less = gradients(model, batch), kept(model, batch)
+    monkeypatch.setattr("foreword.recompute._narrower", lambda x: None)
+    plain, more = gradients(model, batch), kept(model, batch)
+    assert lean and all(torch.equal(a, b) for a, b in zip(lean, plain, strict=True))
+    hidden = 4 * batch["input_ids"].numel() * model.config.hidden_size  # bytes in float32
+    assert more - less >= hidden, "two norms a layer keep half of a float32 copy less"

@@ -35,7 +35,7 @@ def settings(output: Path, model: Path, data: Path) -> TrainConfig:
         data=str(data),
         train_rows=60,
         batch_size=7,
-        prefix=PrefixConfig(length=6),
+        prefix=PrefixConfig(form="direct", length=6),
         max_length=40,
         learning_rate=0.05,
         save_steps=3,

@@ -69,7 +69,7 @@ def test_the_loss_and_its_gradient_are_plain_cross_entropy_s(bases: dict[str, Pa
         gradients[-1].append(loss.detach())
     assert len(gradients[0]) > 1
     for found, expected in zip(*gradients, strict=True):
-        assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4)
+        assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-6
     assert any(gradient.abs().max() > 1e-4 for gradient in gradients[0][:-1])
 
 
@@ -208,6 +208,7 @@ def test_a_run_learns_and_its_figures_are_those_of_evaluate(
         rows = [{"prompt": r.text, label: r.label if split == "train" else [r.label, "or so"]} for r in PAIRS]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"epochs": 12, "batch_size": 4, "learning_rate": 0.3, "max_length": 32, "max_new_tokens": 8, "beams": 2}
+    settings["prefix"] = PrefixConfig(form="direct")  # which such a rate suits
     config = TrainConfig(tmp_path / "p", str(bases[family]), str(tmp_path), "generate", **settings)  # type: ignore[arg-type]
     summary = train(config).summary
     losses = [loss for _, loss in summary["losses"]]

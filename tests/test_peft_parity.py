@@ -409,7 +409,7 @@ def test_each_decoder_layer_has_its_own_prefix_where_peft_repeats_half_of_it(mak
     assert unused.tolist() == [False, False, True, True] * 2
 
     ours = PrefixModel(deepcopy(base))
-    form = ours.add("p", length=P)
+    form = ours.add("p", form="direct", length=P)
     kinds = [site.kind for site in ours.sites]
     assert {kind: kinds.count(kind) for kind in kinds} == {"encoder": 4, "decoder": 4, "cross": 4}
     ours(**inputs).loss.backward()

@@ -67,7 +67,7 @@ def test_trials_begin_with_the_defaults_and_the_lowest_loss_wins(searched: Any) 
     rows = result.summary["trials"]
     assert [row["trial"] for row in rows] == list(range(7))
     first = {name: rows[0][name] for name in SEARCHED}
-    assert first == {"form": "direct", "length": 36, "start": "instruction", "layers": "all", "learning_rate": 0.01}
+    assert first == {"form": "projected", "length": 36, "start": "instruction", "layers": "all", "learning_rate": 0.01}
     assert len({tuple(row[name] for name in SEARCHED) for row in rows}) == 7
     ended = [row for row in rows if row["state"] == "finished"]
     assert result.summary["best"] == min(ended, key=lambda row: row["loss"])["trial"]

@@ -63,6 +63,20 @@ def test_split_of_prefixes_with_lengths_of_their_own(kind: str) -> None:
     compare((made, narrow), (expected, exact), 1e-5)
 
 
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
+@pytest.mark.parametrize("queries", [2, 11])
+def test_queries_of_another_number_than_keys_as_in_cross_attention(queries: int, shared: bool) -> None:
+    given = tensors(2, shared=shared, queries=queries, dtype=torch.float32)
+    assert given[0].shape[2] == queries != given[1].shape[2]
+    mask = draw(1, 1, 1, given[1].shape[2]) * 3
+    for seen in (None, mask):
+        narrow, exact = leaves_of(given, torch.float32), leaves_of(given, torch.float64)
+        made = split_attention(*narrow, seen)  # type: ignore[misc]
+        wide = None if seen is None else seen.double()
+        expected = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])), wide)[0]
+        compare((made, narrow), (expected, exact), 1e-5)
+
+
 @pytest.mark.parametrize("window", [None, 3], ids=["whole", "window"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("prefixes", [None, (PREFIX, 2, 0)], ids=["shared", "per-row"])

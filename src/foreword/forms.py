@@ -259,7 +259,7 @@ def make_form(config: PrefixConfig, base: PreTrainedModel, sites: list[Site], to
     ids = start_ids(config, base, tokenizer, generator)
     start = capture(base, sites, ids.to(base.device))
     if config.chosen_start == "random":
-        start = _as_noise(start, 0 if config.form == "projected" else config.frozen_tokens, generator)
+        start = _as_noise(start, config.frozen_tokens, generator)
     upper = trained_sites(config, sites, start.shared)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -288,7 +288,7 @@ def trained_sites(config: PrefixConfig, sites: list[Site], shared: dict[str, str
     numbers, frozen = _layer_numbers(sites), frozen_layers(config, sites)
     upper = [s for s in sites if numbers[shared.get(s.name, s.name)] >= frozen]
     if not upper:
-        raise InputError(f"frozen_layers={frozen} leaves none of the prefix's layers to train.")
+        raise InputError(f"frozen_layers={frozen} leaves none of the prefix's layers to train; freeze fewer.")
     return upper
 
 

@@ -63,7 +63,7 @@ class _Share:
     """
 
     rows: slice
-    tokens: slice
+    span: slice  # of the sequence: a packed row's, or all of it
     keys: Tensor
     values: Tensor
     length: int
@@ -71,8 +71,8 @@ class _Share:
     hidden: Tensor | None
 
     def of(self, x: Tensor) -> Tensor:
-        """This share of `[B, H, n, ...]`."""
-        return x[self.rows, :, self.tokens]
+        """This share of `[B, H, n, ...]`, of queries or of keys."""
+        return x[self.rows, :, self.span]
 
 
 def _shares(
@@ -86,20 +86,20 @@ def _shares(
 ) -> Iterator[_Share]:
     """Every query once: packed rows one by one, others in groups, so that a shared prefix is repeated for few rows."""
     batch, kv_heads, count, size = keys.shape
-    spans = [(0, count)] if packing is None else packing.spans()
+    spans = [slice(None)] if packing is None else [slice(*span) for span in packing.spans()]
     at_once = max(1, REPEATED // (kv_heads * (prefix_keys.shape[2] + count) * size)) if packing is None else 1
-    for i, ((a, b), mask) in enumerate(zip(spans, masks, strict=True)):
+    for i, (span, mask) in enumerate(zip(spans, masks, strict=True)):
         for first in range(0, batch, at_once):
             rows = slice(first, min(first + at_once, batch))
             owner = slice(i, i + 1) if packing is not None else rows
             owner = slice(0, 1) if prefix_keys.shape[0] == 1 else owner
             length = prefix_keys.shape[2] if packing is None or packing.prefixes is None else packing.prefixes[i]
             k, v = (
-                torch.cat([p[owner, :, :length].expand(rows.stop - rows.start, -1, -1, -1), x[rows, :, a:b]], 2)
+                torch.cat([p[owner, :, :length].expand(rows.stop - rows.start, -1, -1, -1), x[rows, :, span]], 2)
                 for p, x in ((prefix_keys, keys), (prefix_values, values))
             )
             seen, unseen = (None if m is None else m[rows] if m.shape[0] > 1 else m for m in (mask, hidden))
-            yield _Share(rows, slice(a, b), k, v, length, seen, unseen)
+            yield _Share(rows, span, k, v, length, seen, unseen)
 
 
 def _share_gradients(

@@ -136,8 +136,6 @@ def memory(settings: Settings) -> dict[str, Any]:
     """MiB that the peak of two training steps lies above the loaded base and the made method."""
     context = multiprocessing.get_context("spawn")
     found = {}
-    if settings.get("large_pages"):  # which the command line asks torch for; here for every method
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
     for name in settings["methods"]:
         with context.Pool(1) as pool:
             found[name] = pool.apply(peak, (name, settings))

@@ -75,8 +75,8 @@ METHODS = {"foreword": "foreword", "peft-text": "PEFT prefix", "lora": "LoRA", "
 
 def compared() -> Iterator[str]:
     """Step time, memory and decoding beside PEFT."""
-    yield f"| | {' | '.join(METHODS.values())} |"
-    yield "|---|" + "---|" * len(METHODS)
+    yield f"| | {' | '.join(METHODS.values())} | foreword : PEFT prefix |"
+    yield "|---|" + "---|" * (len(METHODS) + 1)
     for record in records("compare"):
         values, unit = record.get("mib"), "MiB"
         if record["settings"]["kind"] in ("generation", "mixed"):
@@ -86,7 +86,9 @@ def compared() -> Iterator[str]:
         if values:
             digits = 2 if unit == "s" else 0
             cells = (f"{values[method]:,.{digits}f} {unit}" if method in values else "" for method in METHODS)
-            yield f"| {described(record['settings'])} | {' | '.join(cells)} |"
+            against = record.get("speed") or record["ratio"]
+            times = f"{against['foreword']:.2f}" if record["settings"]["methods"][0] == "peft-text" else ""
+            yield f"| {described(record['settings'])} | {' | '.join(cells)} | {times} |"
 
 
 def budgets() -> Iterator[str]:

@@ -92,14 +92,14 @@ def reference_attention(
     """
     wide = torch.promote_types(query.dtype, torch.float32)
     rows, heads, length, _ = query.shape
-    tokens = key.shape[2]
+    tokens, key, value = key.shape[2], key.to(wide), value.to(wide)
     if prefix is not None:
         p = prefix.kv
-        key = torch.cat([p.keys.to(wide).expand(rows, -1, -1, -1), key.to(wide)], dim=2)  # [B, H_kv, P+m, d_k]
-        value = torch.cat([p.values.to(wide).expand(rows, -1, -1, -1), value.to(wide)], dim=2)
+        key = torch.cat([p.keys.to(wide).expand(rows, -1, -1, -1), key], dim=2)  # [B, H_kv, P+m, d_k]
+        value = torch.cat([p.values.to(wide).expand(rows, -1, -1, -1), value], dim=2)
     groups = heads // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query.to(wide) @ key.to(wide).transpose(-1, -2)  # [B, H, n, P+m]
+    scores = query.to(wide) @ key.transpose(-1, -2)  # [B, H, n, P+m]
     scores = scores * (scale if scale is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -112,7 +112,7 @@ def reference_attention(
         blind = (full == -torch.inf).all(-1, keepdim=True)  # a query that sees nothing gets nothing, not NaN
         weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
     weights = torch.nn.functional.dropout(weights, dropout)
-    return (weights @ value.to(wide)).to(query.dtype), weights
+    return (weights @ value).to(query.dtype), weights
 
 
 def _full_mask(scores: Tensor, tokens: int, prefix: ReadPrefix | None, mask: Tensor | None, causal: bool) -> Tensor:

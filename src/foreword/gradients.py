@@ -40,18 +40,14 @@ def attention_gradients(
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
-    for i, share in enumerate(_shares(k, v, pk, pv, masks, hidden, packing)):
+    for share in _shares(k, v, pk, pv, masks, hidden, packing):
         g_, q_, d_, l_ = (share.of(x) for x in (grad, q, delta, lse))
         share_dq, share_dk, share_dv = _share_gradients(share, g_, q_, d_, l_, causal and share.mask is None, scale)
         share.of(dq).copy_(share_dq)
-        owner = slice(i, i + 1) if packing is not None else share.rows
         for of_tokens, of_prefix, found in ((dk, dpk, share_dk), (dv, dpv, share_dv)):
             share.of(of_tokens).copy_(found[:, :, share.length :])
-            over_prefix = found[:, :, : share.length]
-            if len(pk) == 1:
-                of_prefix += over_prefix.sum(0)
-            else:
-                of_prefix[owner, :, : share.length] += over_prefix
+            own = of_prefix[share.owners, :, : share.length]
+            own += found[:, :, : share.length].sum_to_size(own.shape)  # over the rows that share a prefix
     return [dq, dk, dv, dpk, dpv]
 
 
@@ -64,6 +60,7 @@ class _Share:
 
     rows: slice
     span: slice  # of the sequence: a packed row's, or all of it
+    owners: slice  # whose prefixes are read: the only one's, or these rows'
     keys: Tensor
     values: Tensor
     length: int
@@ -91,15 +88,15 @@ def _shares(
     for i, (span, mask) in enumerate(zip(spans, masks, strict=True)):
         for first in range(0, batch, at_once):
             rows = slice(first, min(first + at_once, batch))
-            owner = slice(i, i + 1) if packing is not None else rows
-            owner = slice(0, 1) if prefix_keys.shape[0] == 1 else owner
+            owners = slice(i, i + 1) if packing is not None else rows
+            owners = slice(0, 1) if prefix_keys.shape[0] == 1 else owners
             length = prefix_keys.shape[2] if packing is None or packing.prefixes is None else packing.prefixes[i]
             k, v = (
-                torch.cat([p[owner, :, :length].expand(rows.stop - rows.start, -1, -1, -1), x[rows, :, span]], 2)
+                torch.cat([p[owners, :, :length].expand(rows.stop - rows.start, -1, -1, -1), x[rows, :, span]], 2)
                 for p, x in ((prefix_keys, keys), (prefix_values, values))
             )
             seen, unseen = (None if m is None else m[rows] if m.shape[0] > 1 else m for m in (mask, hidden))
-            yield _Share(rows, span, k, v, length, seen, unseen)
+            yield _Share(rows, span, owners, k, v, length, seen, unseen)
 
 
 def _share_gradients(

@@ -124,12 +124,12 @@ class PrefixClassifier(PrefixTask):
     def _start_from_names(self, rows: Sequence[Row]) -> None:
         """What the module says of a linear head; measured from their mean, the rows prefer no label."""
         head, output = cast(Head, self.head), cast(Any, self.model.base).get_output_embeddings()
-        examples, embeddings = self.measure_head(rows), whole(output.weight)
+        (examples, hidden), embeddings = self.measure_head(rows), whole(output.weight)
         names = [f" {label.replace('_', ' ')}" for label in self.settings.labels]
         ids = self.model.tokenizer(names, add_special_tokens=False)["input_ids"]
         start = torch.stack([embeddings[name].float().sum(0) / max(1, len(name)) ** 0.5 for name in ids])
         head.weight.copy_((start - start.mean(0)) * head.deviation)
-        logits = torch.stack(self.logits([{"input_ids": e["input_ids"]} for e in examples], 16, ACTIVE))
+        logits = head(hidden).cpu()
         deviation = max(float(logits.std(correction=0)), 1e-6)
         targets = torch.tensor([example["labels"] for example in examples])
         losses = [float(self._loss(scale / deviation * logits, targets)) for scale in SCALES]

@@ -239,19 +239,22 @@ class PrefixTask(nn.Module):
         assert self.head is not None
         return self.head(hidden)
 
-    def measure_head(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Measure what the head reads on some of the rows to learn from; returns the examples made of them."""
+    def measure_head(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], Tensor]:
+        """Measure what the head reads on some of the rows to learn from; returns the examples made of them, the longest
+        first, and what was read `[N, d]`, in their order."""
         assert self.head is not None
         examples, _ = self.examples(rows[:: -(-len(rows) // MEASURED)])
+        examples.sort(key=lambda example: -len(example["input_ids"]))  # as `batches` takes them
         read: list[Tensor] = []
         handle = self.head.register_forward_pre_hook(lambda _, args: read.append(args[0].flatten(0, -2)))
         try:
             self.logits([{name: value for name, value in e.items() if name != "labels"} for e in examples], 16, ACTIVE)
         finally:
             handle.remove()
+        hidden = torch.cat(read)
         with torch.no_grad():
-            self.head.measure(torch.cat(read))
-        return examples
+            self.head.measure(hidden)
+        return examples, hidden
 
     @property
     def is_sharded(self) -> bool:

@@ -185,7 +185,7 @@ def call(prefix: ReadPrefix | None, *args: Any, **kwargs: Any) -> tuple[Tensor, 
     return prefix_attention(module, *args, **kwargs)
 
 
-@pytest.mark.parametrize("kernel", ["split", "reference"])
+@pytest.mark.parametrize("kernel", ["split", "joined", "reference"])
 def test_the_interface_transposes_and_is_causal_without_a_mask(kernel: Any) -> None:
     q, k, v, pk, pv = tensors(2)
     out, weights = call(ReadPrefix(SiteKV(pk, pv), kernel=kernel), q, k, v, None)

@@ -148,7 +148,7 @@ def one_layer_llama():
     return base
 
 
-@pytest.mark.parametrize("kernel", ["split", "reference"])
+@pytest.mark.parametrize("kernel", ["split", "joined", "reference"])
 def test_the_projected_form_in_a_real_attention_module_gives_the_same_numbers(kernel):
     base = one_layer_llama()
     model = PrefixModel(base, kernel=kernel)

@@ -1,7 +1,8 @@
-"""Prefix attention: softmax(Q [K_p; K]^T * scale + mask) [V_p; V], exactly, in two ways.
+"""Prefix attention: softmax(Q [K_p; K]^T * scale + mask) [V_p; V], exactly, in three ways.
 
-`reference_attention` concatenates, masks and takes the softmax; `split_attention` (split.py) merges attentions over
-parts. `prefix_attention` is what transformers calls; it picks the way and knows nothing of models or forms.
+`reference_attention` concatenates, masks and takes the softmax; `split_attention` (split.py), on CPUs, merges attentions
+over parts; `joined_attention` (joined.py), on accelerators, is PyTorch's fused kernel over the prefix and the tokens.
+`prefix_attention` is what transformers calls; it picks the way and knows nothing of models or forms.
 
 Shapes: query [B, H, n, d_k], key [B, H_kv, m, d_k], value [B, H_kv, m, d_v]; prefix keys [R, H_kv, P, d_k] and values
 [R, H_kv, P, d_v] with R = 1 or B; masks are additive, broadcastable to [B, H, n, m].
@@ -19,12 +20,13 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from .joined import joined_attention
 from .kv import SiteKV
 from .packing import Packing
 from .split import can_split, split_attention, window_mask
 
 NAME = "foreword"
-Kernel = Literal["auto", "split", "reference"]
+Kernel = Literal["auto", "split", "joined", "reference"]
 
 
 @dataclass
@@ -42,9 +44,12 @@ class ReadPrefix:
     packing: Packing | None = None
     window: int | None = None
 
-    def splits(self, query: Tensor, value: Tensor) -> bool:
-        """Whether the split form is to serve these tensors."""
-        return self.kernel != "reference" and can_split(query, value, self.kv.keys, self.hidden)
+    def way(self, query: Tensor, value: Tensor) -> Kernel:
+        """How plain attention, without caps, sinks or weights, is to be computed on these tensors."""
+        if self.kernel in ("auto", "split") and can_split(query, value, self.kv.keys, self.hidden):
+            return "split"
+        fused = self.kernel == "joined" or (self.kernel == "auto" and query.device.type != "cpu")
+        return "joined" if fused and self.packing is None else "reference"
 
     def of_row(self, row: int) -> SiteKV:
         """The keys and values `[1, H_kv, P, d]` that a row of a packed sequence reads."""
@@ -115,20 +120,20 @@ def reference_attention(
     return (weights @ value).to(query.dtype), weights
 
 
-def _full_mask(scores: Tensor, tokens: int, prefix: ReadPrefix | None, mask: Tensor | None, causal: bool) -> Tensor:
-    """The additive mask over [prefix; tokens], broadcastable to `scores`."""
-    rows, _, length, total = scores.shape
+def _full_mask(like: Tensor, tokens: int, prefix: ReadPrefix | None, mask: Tensor | None, causal: bool) -> Tensor:
+    """The additive mask over [prefix; tokens] for queries or scores `[B, H, n, ...]`, in their dtype."""
+    rows, _, length, _ = like.shape
     if mask is None:
-        mask = scores.new_zeros(1, 1, length, tokens)
+        mask = like.new_zeros(1, 1, length, tokens)
         if causal:
-            mask = mask.masked_fill(_after(length, tokens, scores.device), -torch.inf)
+            mask = mask.masked_fill(_after(length, tokens, like.device), -torch.inf)
     elif mask.dtype == torch.bool:
-        mask = scores.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    mask = mask.to(scores.dtype)
+        mask = like.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    mask = mask.to(like.dtype)
     if prefix is None:
         return mask
-    hidden = prefix.hidden if prefix.hidden is not None else scores.new_zeros(1, 1, 1, total - tokens)
-    hidden = hidden.to(scores.dtype).expand(rows, mask.shape[1], length, -1)
+    hidden = prefix.hidden if prefix.hidden is not None else like.new_zeros(1, 1, 1, prefix.kv.keys.shape[2])
+    hidden = hidden.to(like.dtype).expand(rows, mask.shape[1], length, -1)
     return torch.cat([hidden, mask.expand(rows, -1, length, -1)], dim=-1)
 
 
@@ -190,12 +195,9 @@ def prefix_attention(
         causal = False
     rest: dict[str, Any] = {"scale": scaling, "dropout": dropout, "softcap": softcap, "sinks": s_aux}
     plain = dropout == 0.0 and softcap is None and s_aux is None and not output_attentions
-    if (
-        prefix is not None
-        and plain
-        and prefix.kernel != "reference"
-        and can_split(query, value, prefix.kv.keys, prefix.hidden)
-    ):
+    weights = None
+    way = prefix.way(query, value) if prefix is not None and plain else "reference"
+    if prefix is not None and way == "split":
         out = split_attention(
             query,
             key,
@@ -208,7 +210,11 @@ def prefix_attention(
             packing=prefix.packing,
             window=prefix.window,
         )
-        weights = None
+    elif prefix is not None and way == "joined":
+        full = None
+        if attention_mask is not None or prefix.hidden is not None:
+            full = _full_mask(query, key.shape[2], prefix, attention_mask, causal)
+        out = joined_attention(query, key, value, *prefix.kv, full, causal=causal, scale=scaling)
     elif prefix is not None and prefix.packing is not None:
         out, weights = packed_reference(query, key, value, prefix, causal=causal, **rest)
     else:

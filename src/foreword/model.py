@@ -45,7 +45,7 @@ class PrefixModel(nn.Module):
     Arguments:
         base: any transformers model whose attention goes through transformers' attention interface; it is frozen.
         tokenizer: needed for starts from an instruction; saved with nothing.
-        kernel: `auto`, or `split` or `reference` for one way of computing the attention.
+        kernel: `auto`, or `split`, `joined` or `reference` for one way of computing the attention (`foreword.attention`).
 
     Raises InputError when a prefix cannot enter the base exactly; the sentence says why.
     """
@@ -222,9 +222,12 @@ class PrefixModel(nn.Module):
             return self.base(*args, **kwargs)
 
     def packs(self, prefix: Named = ACTIVE) -> bool:
-        """Whether rows that read `prefix` can be packed: some prefix is read, `can_pack`, none slides or is dynamic."""
+        """Whether rows that read `prefix` can be packed: on a CPU, whose split attention takes them so, where some prefix
+        is read, `can_pack`, and none slides or is dynamic."""
         chosen = self._names(prefix)[1]
-        return bool(chosen) and not self._padded and self.can_pack and all(self._packs(name) for name in chosen)
+        if not chosen or self._padded or self.device.type != "cpu" or self.kernel == "joined":
+            return False
+        return self.can_pack and all(self._packs(name) for name in chosen)
 
     def _packs(self, name: str) -> bool:
         return self.configs[name].window == "visible" and not isinstance(self.form(name), Dynamic)

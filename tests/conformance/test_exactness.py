@@ -126,10 +126,12 @@ def test_an_encoder_decoder_starts_at_its_own_keys_and_values(name: str, form: s
             assert off_by(found.transpose(1, 2).flatten(2), expected) < 1e-6
 
 
-def both_kernels(model: PrefixModel, family: Family, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Logits of real tokens and the form's gradients, split first and then reference."""
+def both_kernels(
+    model: PrefixModel, family: Family, batch: dict[str, Tensor], kernel: str = "split"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits of real tokens and the form's gradients, of `kernel` first and then of the reference."""
     logits, gradients = [], []
-    for kernel in ("split", "reference"):
+    for kernel in (kernel, "reference"):
         model.kernel = kernel  # type: ignore[assignment]
         model.zero_grad()
         out = real(family, batch, model(**batch).logits)
@@ -142,12 +144,15 @@ def both_kernels(model: PrefixModel, family: Family, batch: dict[str, Tensor]) -
 @every_family
 @every_form
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
-def test_split_equals_reference_float32(family: Family, form: str, padding: str, record_property: Record) -> None:
+@pytest.mark.parametrize("kernel", ["split", "joined"])
+def test_fast_equals_reference_float32(
+    family: Family, form: str, padding: str, kernel: str, record_property: Record
+) -> None:
     if padding == "left" and family.kind != "decoder":
         pytest.skip("left padding is for decoders")
     model = wrapped(family.name, form)
     batch = inputs(family, [7, 7, 7] if padding == "none" else [7, 4, 2], padding)
-    logits, gradients = both_kernels(model, family, batch)
+    logits, gradients = both_kernels(model, family, batch, kernel)
     forward, backward = off_by(*logits), off_by(*gradients)
     record_property("difference", (family.name, "float32 logits", forward))
     record_property("difference", (family.name, "float32 gradients", backward))

@@ -33,7 +33,9 @@ def hardware() -> dict[str, object]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return {"cpu": model, "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    threads = torch.get_num_threads()
+    return {"cpu": model, **gpu, "threads": threads, "capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def commit() -> str:

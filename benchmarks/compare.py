@@ -9,7 +9,7 @@ benchmarks/results/compare and is made again only when the settings have changed
     mixed       the same with rows over several prefixes in one batch, against PEFT switching adapters
     accuracy    test accuracy after a budget of steps, over methods, learning rates and seeds
 
-    python benchmarks/compare.py --data-folder FOLDER [--only step-news] [--threads 2]
+    python benchmarks/compare.py --data-folder FOLDER [--only step-news] [--threads 2] [--device cuda]
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from methods import Batch, Method, classifier_on, make
 from foreword.schemas import Row
 
 HERE = Path(__file__).parent
+TESTED = 64  # rows at once
 Settings = dict[str, Any]
 
 
@@ -56,8 +57,11 @@ def names_of(settings: Settings) -> list[str]:
     return sorted({row["label"] for row in read(settings, "train")})
 
 
-def batches(base: Any, tokenizer: Any, settings: Settings, rows: list[dict[str, str]]) -> list[Batch]:
-    """Padded batches of rows in the order given; `row_tokens` joins texts so that every row is full."""
+def batches(
+    base: Any, tokenizer: Any, settings: Settings, rows: list[dict[str, str]], size: int | None = None
+) -> list[Batch]:
+    """Padded batches of rows in the order given, of `size` or else the step's; `row_tokens` joins texts so that every
+    row is full."""
     labels = names_of(settings)
     classifier = classifier_on(base, tokenizer, labels, settings["max_length"], length=1)
     texts, tokens = [row["text"] for row in rows], settings["row_tokens"]
@@ -68,8 +72,9 @@ def batches(base: Any, tokenizer: Any, settings: Settings, rows: list[dict[str, 
     examples = [
         {"input_ids": ids, "labels": labels.index(row["label"])} for ids, row in zip(encoded, rows, strict=True)
     ]
-    size = settings["batch_size"]
-    return [classifier.collate(examples[i : i + size]) for i in range(0, len(examples) - size + 1, size)]
+    size = size or settings["batch_size"]
+    found = [classifier.collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+    return [{key: tensor.to(base.device) for key, tensor in batch.items()} for batch in found]
 
 
 def shuffled(settings: Settings, seed: int, count: int) -> list[dict[str, str]]:
@@ -92,7 +97,8 @@ def to_train_on(settings: Settings, seed: int) -> list[dict[str, str]]:
 def load(settings: Settings) -> tuple[Any, Any]:
     from foreword.bases import load_base
 
-    return load_base(settings["model"], getattr(torch, settings["dtype"]))
+    base, tokenizer = load_base(settings["model"], getattr(torch, settings["dtype"]))
+    return base.to(settings["device"]), tokenizer
 
 
 def one_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
@@ -245,7 +251,7 @@ def accuracy(settings: Settings) -> dict[str, Any]:
     """
     base, tokenizer = load(settings)
     splits = {name: longest_first(settings, name) for name in ("validation", "test")}
-    rows = {name: batches(base, tokenizer, settings, found) for name, found in splits.items()}
+    rows = {name: batches(base, tokenizer, settings, found, TESTED) for name, found in splits.items()}
     folder = HERE / "results" / "compare" / settings["name"]
     folder.mkdir(parents=True, exist_ok=True)
     runs = []
@@ -254,7 +260,7 @@ def accuracy(settings: Settings) -> dict[str, Any]:
         path = folder / f"{name}-{'default' if rate is None else f'{rate:g}'}-{seed}.json"
         if not path.exists():
             run = trained(name, rate, seed, base, tokenizer, settings, rows, best)
-            path.write_text(json.dumps({**run, "commit": commit()}, indent=1) + "\n")
+            path.write_text(json.dumps({**run, "commit": commit(), "hardware": hardware()}, indent=1) + "\n")
             say(f"{name} at {run['learning_rate']:g}, seed {seed}: {run['validation']} {run['test']}")
         return json.loads(path.read_text())
 
@@ -296,7 +302,7 @@ def trained(
     if method.head is not None:
         groups.append({"params": method.head_parameters(), "lr": settings["head_learning_rate"]})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    warm = max(1, len(work) // 10)
+    warm = max(1, round(settings["warmup_ratio"] * len(work)))
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm)
     down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, down], [warm])
@@ -350,22 +356,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only experiments whose name holds this")
     parser.add_argument("--methods", default="", help="accuracy: only these, with commas between; no result is written")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu", help="accuracy alone: cuda where there is one")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name, settings in experiments(arguments.only):
         path = HERE / "results" / "compare" / f"{name}.json"
         asked = {**settings, "threads": arguments.threads}
+        given = {"folder": arguments.data_folder, "name": name, "device": arguments.device}
         if arguments.methods:
             if settings["kind"] == "accuracy":
-                given = {"folder": arguments.data_folder, "methods": arguments.methods.split(","), "name": name}
-                accuracy({**asked, **given})
+                accuracy({**asked, **given, "methods": arguments.methods.split(",")})
             continue
         if path.exists() and json.loads(path.read_text())["settings"] == asked:
             say(f"{name}: done before with the same settings")
             continue
         say(f"{name}:")
         began, at = time.monotonic(), commit()
-        found = KINDS[settings["kind"]]({**asked, "folder": arguments.data_folder, "name": name})
+        found = KINDS[settings["kind"]]({**asked, **given})
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "commit": at,

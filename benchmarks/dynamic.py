@@ -17,7 +17,7 @@ from foreword.forms import PrefixConfig
 RESULTS = Path(__file__).parent / "results" / "dynamic"
 PREFIXES = ("static", "low_rank", "mixture", "gates")
 TASKS: dict[str, dict[str, Any]] = {
-    "banking77": {"train_rows": 1600, "head_learning_rate": 1e-2, "max_length": 32, "save_steps": 50},
+    "banking77": {"train_rows": 1600, "max_length": 32, "save_steps": 50},
     "ag_news": {"train_rows": 640, "max_length": 40, "save_steps": 40},
 }
 

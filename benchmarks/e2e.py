@@ -4,7 +4,8 @@ One epoch over the same 4,000 pairs in the same order, by foreword's trainer for
 tables of the test set, and the figures of `e2e_metrics.py`. foreword runs with its defaults; PEFT's methods at each of
 three learning rates, of which the one counts that has the lowest loss on 200 validation tables. One JSON file per run
 under benchmarks/results/e2e; a run whose file is there is not repeated. A run of seed 0 is tested where its loss is
-below that of the rates before it. `tables.py` makes the table.
+below that of the rates before it. `tables.py` makes the table. With `--no-figures` the texts are kept and their figures,
+which need Java, left to the next call without it.
 
     python benchmarks/e2e.py --data-folder FOLDER [--only lora] [--threads 2]
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 64 --test-rows 8 --results /tmp/e2e    # does it run?
@@ -40,7 +41,7 @@ from foreword.tasks.task import IGNORED
 from foreword.train import NAME, TrainConfig, build, encoded, load_rows, make_trainer, train
 
 RESULTS = Path(__file__).parent / "results" / "e2e"
-BEAMS, NEW_TOKENS, ROWS = 5, 64, 16
+BEAMS, NEW_TOKENS, ROWS, COMPLETED = 5, 64, 16, 64
 RATES: dict[str, tuple[float | None, ...]] = {
     "foreword": (None,),
     "peft-text": (1e-2, 3e-3, 3e-2),
@@ -80,7 +81,7 @@ def with_foreword(given: TrainConfig) -> Trained:
     task = foreword.load(given.output)
 
     def complete(rows: Sequence[Row]) -> list[str]:
-        results = task.predict([row.text for row in rows], ROWS, progress=progress)
+        results = task.predict([row.text for row in rows], COMPLETED, progress=progress)
         return [result["completion"] for result in results]
 
     return Trained({**facts, "seconds": summary["seconds"]["training"]}, complete)
@@ -133,7 +134,7 @@ class Adapted(nn.Module):
             prompts,
             max_new_tokens=NEW_TOKENS,
             beams=BEAMS,
-            batch_size=ROWS,
+            batch_size=COMPLETED,
             progress=progress,
         )
         return [text.strip() for text in texts]
@@ -175,18 +176,27 @@ def run(path: Path, method: str, rate: float | None, seed: int, best: float, arg
         found = {"experiment": {"method": method, "seed": seed}, **trained.facts}
         say(f"{path.stem}: validation loss {trained.facts['validation']:.4f}")
         if trained.facts["validation"] < best:
-            found |= tested(trained, load_rows(replace(given, test_rows=arguments.test_rows)).test)
+            began = time.monotonic()
+            found["texts"] = trained.complete(test_rows(given, arguments))
+            found["generation_seconds"] = round(time.monotonic() - began, 1)
     write(path, found, began_at)
-    print(json.dumps({"run": path.stem, "validation": found["validation"], **found.get("test", {})}), flush=True)
+    print(json.dumps({"run": path.stem, "validation": found["validation"]}), flush=True)
 
 
-def tested(trained: Trained, rows: Sequence[Row]) -> dict[str, Any]:
-    """The figures, and the texts themselves, from which any other figure can be computed."""
-    began = time.monotonic()
-    texts = trained.complete(rows)
-    took = round(time.monotonic() - began, 1)
+def test_rows(given: TrainConfig, arguments: argparse.Namespace) -> Sequence[Row]:
+    return load_rows(replace(given, test_rows=arguments.test_rows)).test
+
+
+def add_figures(path: Path, arguments: argparse.Namespace) -> None:
+    """The figures of a run's texts, into its file."""
+    found = json.loads(path.read_text())
+    if "texts" not in found or "test" in found:
+        return
+    rows = test_rows(config(arguments, Path("unused"), None, 0), arguments)
     references = [(row.label,) if isinstance(row.label, str) else row.label for row in rows]
-    return {"test": e2e_metrics(texts, references), "generation_seconds": took, "texts": texts}
+    found["test"] = e2e_metrics(found["texts"], references)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({"run": path.stem, **found["test"]}), flush=True)
 
 
 def method_runs(method: str, arguments: argparse.Namespace) -> None:
@@ -196,10 +206,12 @@ def method_runs(method: str, arguments: argparse.Namespace) -> None:
         path = arguments.results / f"{method}-{'default' if rate is None else f'{rate:g}'}-{seed}.json"
         if not path.exists():
             run(path, method, rate, seed, best, arguments)
+        if not arguments.no_figures:
+            add_figures(path, arguments)
         return json.loads(path.read_text())["validation"]
 
     losses: dict[float | None, float] = {}
-    for rate in RATES[method]:
+    for rate in [r for r in RATES[method] if r in arguments.rates or not arguments.rates]:
         losses[rate] = at(rate, 0, min(losses.values(), default=float("inf")))
     for seed in range(1, arguments.seeds):
         at(min(losses, key=losses.__getitem__), seed, float("inf"))
@@ -222,8 +234,10 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=None, help="all 630 by default")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="only these, to share the work")
     arguments = parser.parse_args()
-    if lacks := missing():
+    if (lacks := missing()) and not arguments.no_figures:
         parser.error(lacks)
     torch.set_num_threads(arguments.threads)
     for method in RATES:

@@ -23,8 +23,8 @@ RESULTS = Path(__file__).parent / "results" / "joint"
 SETTINGS: dict[str, Any] = {"train_rows": 1600, "validation_rows": 100, "max_length": 40, "zero_shot": False}
 TASKS: dict[str, dict[str, Any]] = {
     "ag_news": {"test_rows": 1000},
-    "banking77": {"test_rows": 1000, "head_learning_rate": 1e-2},
-    "stsb": {"task": "regress", "max_length": 64, "head_learning_rate": 1e-2},
+    "banking77": {"test_rows": 1000},
+    "stsb": {"task": "regress", "max_length": 64},
 }
 
 

@@ -1,7 +1,8 @@
 """The ways of adapting one frozen base that compare.py sets side by side, each as its own users would write it.
 
-A method is a module to train, a loss of a batch, and logits of the labels `[rows, labels]`: of their words, or where
-they are many of a linear head, which starts and learns for all as it does in foreword. Batches are those of
+A method is a module to train, a loss of a batch, and logits of the labels `[rows, labels]`. foreword's are its default
+head's. The others' are those of the labels' words, where there is one for each, and else of foreword's head, which starts
+and learns as it does there; a name that ends in `-head` has that head in any case. Batches are those of
 `PrefixClassifier.collate`: the same rows, template and padding for all.
 """
 
@@ -24,7 +25,7 @@ from foreword.model import PrefixModel
 from foreword.schemas import Row
 from foreword.tasks.classify import PrefixClassifier
 from foreword.tasks.output import output_layer
-from foreword.tasks.template import default_instruction
+from foreword.tasks.template import NAMED_LABELS, default_instruction
 from foreword.train import LEARNING_RATES
 
 Batch = dict[str, Tensor]
@@ -60,6 +61,7 @@ def classifier_on(
     max_length: int,
     rows: Sequence[Row] = (),
     read: bool = True,
+    head: str = "auto",
     **prefix: Any,
 ) -> PrefixClassifier:
     """foreword's classifier with the settings that a user gets who sets none (but for `prefix`).
@@ -70,7 +72,7 @@ def classifier_on(
     settings = {"instruction": default_instruction(labels), **prefix}
     model.add("prefix", PrefixConfig(**settings))
     model.activate("prefix" if read else None)
-    return PrefixClassifier.for_labels(model, labels, max_length=max_length, rows=rows)
+    return PrefixClassifier.for_labels(model, labels, max_length=max_length, rows=rows, head=head)
 
 
 def make(
@@ -83,7 +85,8 @@ def make(
     rows: Sequence[Row] = (),
     whole: bool = True,
 ) -> Method:
-    """A method on its own copy of `base`: `bare`, `foreword[-form]`, `peft-{random,zero,mlp,text,cartridge}`, `lora`.
+    """A method on its own copy of `base`: `bare`, `foreword[-form]`, `peft-{random,zero,mlp,text,cartridge}[-head]`,
+    `lora[-head]`.
 
     length: virtual tokens; None leaves it to foreword's default (the instruction's own), which the others then take.
     rows: to train on, from which a linear head takes its start.
@@ -91,13 +94,14 @@ def make(
         foreword's are: the same numbers in less time, for where time is not what is measured.
     """
     base = deepcopy(base)
-    read = name not in ("lora", "bare")
-    own = classifier_on(base, tokenizer, labels, max_length, rows, read, length=length, form=_form(name))
+    head = "auto" if name.startswith("foreword") else _head_of_others(name, labels)
+    kind, read = name.removesuffix("-head"), not name.startswith(("lora", "bare"))
+    own = classifier_on(base, tokenizer, labels, max_length, rows, read, head, length=length, form=_form(name))
     if name.startswith("foreword"):
         rate = LEARNING_RATES[_form(name)]
         return Method(name, own, lambda batch: own(**_inputs(batch))["logits"], own.model.generate, rate, own.head)
     length = own.model.form("prefix").length
-    module = base if name == "bare" else _peft(name, base, tokenizer, labels, length)
+    module = base if name == "bare" else _peft(kind, base, tokenizer, labels, length)
     at_labels = own.apply_head
     if own.head is None:
         words = own.word_ids
@@ -109,7 +113,7 @@ def make(
         inputs = _inputs(batch)
         if name == "bare":  # the gradient of its inputs: what any prefix must at least compute
             inputs = {"inputs_embeds": base.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_(), **inputs}
-        each = torch.arange(len(last))
+        each = torch.arange(len(last), device=last.device)
         if whole and own.head is None:
             return module(**inputs).logits[each, last][:, words]
         with output_layer(base, lambda hidden: at_labels(hidden[each, last])[:, None]):
@@ -124,6 +128,10 @@ def _inputs(batch: Batch) -> Batch:
 
 def _form(name: str) -> Any:
     return name.partition("-")[2] if name.startswith("foreword-") else PrefixConfig().form
+
+
+def _head_of_others(name: str, labels: list[str]) -> str:
+    return "linear" if name.endswith("-head") or len(labels) > NAMED_LABELS else "words"
 
 
 def _peft(name: str, base: Any, tokenizer: Any, labels: list[str], length: int) -> nn.Module:

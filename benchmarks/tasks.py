@@ -25,7 +25,7 @@ from foreword.train import NAME, TrainConfig, build, encoded, load_rows, make_tr
 
 RESULTS = Path(__file__).parent / "results" / "tasks"
 BASES: dict[str, Callable[[], str]] = {"smollm2": lambda: defaults.MODEL, "minilm": minilm, "flan-t5": flan_t5}
-BUDGET: dict[str, Any] = {"train_rows": 960, "validation_rows": 100, "save_steps": 30, "head_learning_rate": 1e-2}
+BUDGET: dict[str, Any] = {"train_rows": 960, "validation_rows": 100, "save_steps": 30}
 TASKS: dict[str, dict[str, Any]] = {
     "classify": {"data": "ag_news", "max_length": 40, "test_rows": 500},
     "regress": {"data": "stsb", "max_length": 64, "test_rows": 500},

@@ -41,7 +41,8 @@ def load_base(
     quantise: str | dict[str, Any] | None = None,
     shards: int = 1,
 ) -> tuple[PreTrainedModel, Any]:
-    """A base with its language-model head, in evaluation mode, and its tokenizer with a pad token.
+    """A base with its language-model head, in evaluation mode and on the accelerator if there is one, and its tokenizer
+    with a pad token.
 
     dtype: of the weights; by default bfloat16 for what was released in half precision, where the machine computes it
         fast, else float32.
@@ -79,6 +80,8 @@ def load_base(
     finally:
         if hidden:
             transformers_logging.enable_progress_bar()
+    if not options and torch.accelerator.is_available():
+        base.to(torch.accelerator.current_accelerator())
     base.config._name_or_path = model
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

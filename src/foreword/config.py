@@ -64,8 +64,8 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 16
     learning_rate: float | None = None
-    head_learning_rate: float = 1e-2
-    warmup_ratio: float = 0.1
+    head_learning_rate: float = 3e-2
+    warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     schedule: str = "cosine"
     keep: float = 0.0

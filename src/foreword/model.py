@@ -221,6 +221,10 @@ class PrefixModel(nn.Module):
         ):
             return self.base(*args, **kwargs)
 
+    def reads(self, prefix: Named = ACTIVE) -> bool:
+        """Whether any row reads a prefix."""
+        return bool(self._names(prefix)[1])
+
     def packs(self, prefix: Named = ACTIVE) -> bool:
         """Whether rows that read `prefix` can be packed: on a CPU, whose split attention takes them so, where some prefix
         is read, `can_pack`, and none slides or is dynamic."""

@@ -272,9 +272,9 @@ def zero_shot_figures(
     config: TrainConfig, task: PrefixTask, test: Sequence[Row], name: str, kept: Path, say: Say
 ) -> dict[str, float] | None:
     """The bare base on the same rows and template, unless the run is not to; kept, so that a resumed run need not
-    repeat it. A task with a trained head has no zero-shot figures. `name` is active afterwards."""
+    repeat it. A task that needs a trained head has no zero-shot figures. `name` is active afterwards."""
     task.model.activate(name)
-    if not config.zero_shot or task.head is not None:
+    if not config.zero_shot or not task.reads_base:
         return None
     if kept.is_file():
         return json.loads(kept.read_text())

@@ -55,7 +55,7 @@ class Texts:
             return held
         if held.classifier is None:
             return no_classifier(job.prefix)
-        if isinstance(job, Classification) and job.bare and held.classifier.head is not None:
+        if isinstance(job, Classification) and job.bare and not held.classifier.reads_base:
             return no_words(job.prefix)
         return held
 

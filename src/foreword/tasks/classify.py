@@ -3,7 +3,8 @@
 Two heads. `words`: each label has a word, and the logits are the base's own for the first token of each word at one
 position; only that position and those rows of the output matrix are ever multiplied. `linear`: a trained layer over
 the hidden state there. The position is the last token (decoders), the mask token or the first (encoders), or the
-decoder's start token (encoder-decoders).
+decoder's start token (encoder-decoders). Beside a linear head there may be words, for the base without a prefix, which
+no head was trained for.
 
 A linear head starts from the labels' names: a label's row is the sum of the output embeddings of its name's tokens over
 the root of their number, less the mean of all labels' rows, scaled to what fits some of the rows best; nought where the
@@ -49,7 +50,7 @@ class PrefixClassifier(PrefixTask):
     options = frozenset({"head", "template", "label_words", "max_length"})
 
     def __init__(self, model: PrefixModel, settings: ClassifySettings) -> None:
-        super().__init__(model, settings, len(settings.labels) if settings.label_words is None else None)
+        super().__init__(model, settings, len(settings.labels) if settings.is_linear else None)
         if settings.label_words is not None:
             if model.base.get_output_embeddings() is None:
                 raise InputError(f"{type(model.base).__name__} has no output embeddings to classify with.")
@@ -109,7 +110,7 @@ class PrefixClassifier(PrefixTask):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, prefix: Any = ACTIVE
     ) -> dict[str, Tensor]:
         """Logits `[B, labels]` in float32, and the cross-entropy when labels `[B]` (`[B, labels]`) are given."""
-        if self.head is not None:
+        if self.head is not None and (self.settings.label_words is None or self.model.reads(prefix)):
             logits = self.apply_head(self.pooled(input_ids, attention_mask, prefix))
         else:
             logits = self._word_logits(input_ids, attention_mask, prefix)
@@ -134,6 +135,10 @@ class PrefixClassifier(PrefixTask):
         targets = torch.tensor([example["labels"] for example in examples])
         losses = [float(self._loss(scale / deviation * logits, targets)) for scale in SCALES]
         head.weight.mul_(float(SCALES[losses.index(min(losses))]) / deviation)
+
+    @property
+    def reads_base(self) -> bool:
+        return self.settings.label_words is not None
 
     def position(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`[B]`, the position in its row that each label is read off."""

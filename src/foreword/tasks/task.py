@@ -105,6 +105,11 @@ class PrefixTask(nn.Module):
     def check_rows(self, rows: Sequence[Row], source: str) -> None:
         """Raise InputError where rows hold what the prefix was not trained for."""
 
+    @property
+    def reads_base(self) -> bool:
+        """Whether the base without a prefix can do the task: what is trained is then no head that it lacks."""
+        return self.head is None
+
     def items(self, batch: dict[str, Tensor]) -> int:
         """How many things the loss of a batch is the mean over."""
         return len(batch["input_ids"])

@@ -22,10 +22,11 @@ class ClassifySettings(Settings):
 
     labels: their names, in the order of the logits.
     template: what stands around the text; holds {text}, and for label words of an encoder {mask}.
-    label_words: one word per label (`words` head), or None (`linear` head).
+    label_words: one word per label, or None. A `words` head reads them; of a `linear` one the base without a prefix does.
     max_length: tokens of template and text together; longer texts are cut, the template never.
     fields: names of the texts that a row has, in the template's braces.
     multi_label: a row has any number of labels.
+    head: `words` or `linear`; by default words where there are some.
     """
 
     task: ClassVar[str] = "classify"
@@ -34,6 +35,11 @@ class ClassifySettings(Settings):
     label_words: tuple[str, ...] | None
     fields: tuple[str, ...] = ("text",)
     multi_label: bool = False
+    head: str | None = None
+
+    @property
+    def is_linear(self) -> bool:
+        return self.head == "linear" or self.label_words is None
 
 
 def default_instruction(labels: Sequence[str]) -> str:
@@ -108,7 +114,8 @@ def make_settings(
 ) -> ClassifySettings:
     """Settings for `labels` on a base, what is not given derived from the labels' names.
 
-    head: `words`, `linear`, or `auto` (words where labels are few and every one has one, else linear).
+    head: `words`, `linear`, or `auto`: linear for decoders, beside words for the base alone where labels are few and
+        every one has one; for others words where there are such, else linear. `label_words` given are read as they are.
     fields, multi_label: as in ClassifySettings.
     Raises InputError for a template without {text}, words that begin alike, or too few or many of them.
     """
@@ -124,10 +131,12 @@ def make_settings(
         words = derive_label_words(labels, model.tokenizer)
         if words is None and head == "words":
             raise InputError("no distinct label words follow from the label names; give them, or use a linear head.")
+    if head == "auto":
+        head = "words" if label_words or (words is not None and model.kind != "decoder") else "linear"
     separator = getattr(model.tokenizer, "sep_token", None)
-    template = template or default_template(model.kind, words is not None, fields, separator)
+    template = template or default_template(model.kind, head == "words", fields, separator)
     check_template(template, fields)
-    settings = ClassifySettings(max_length, tuple(labels), template, words, tuple(fields), multi_label)
+    settings = ClassifySettings(max_length, tuple(labels), template, words, tuple(fields), multi_label, head)
     _check_words(settings, model)
     return settings
 
@@ -143,5 +152,5 @@ def _check_words(settings: ClassifySettings, model: PrefixModel) -> None:
         if token is None or token in first[:i]:
             other = f" as {words[first.index(token)]!r}" if token in first[:i] else ""
             raise InputError(f"the label word {words[i]!r} begins with the same token{other}; choose distinct words.")
-    if model.kind == "encoder" and settings.template.count(MASK) != 1:
+    if model.kind == "encoder" and not settings.is_linear and settings.template.count(MASK) != 1:
         raise InputError(f"label words of an encoder need {MASK} once in the template: {settings.template!r}.")

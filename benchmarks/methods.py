@@ -1,8 +1,8 @@
 """The ways of adapting one frozen base that compare.py sets side by side, each as its own users would write it.
 
 A method is a module to train, a loss of a batch, and logits of the labels `[rows, labels]`. foreword's are its default
-head's. The others' are those of the labels' words, where there is one for each, and else of foreword's head, which starts
-and learns as it does there; a name that ends in `-head` has that head in any case. Batches are those of
+head's. The others' are those of the labels' words, where there is one for each, and else of foreword's head, which
+starts and learns as it does there; a name that ends in `-head` has that head in any case. Batches are those of
 `PrefixClassifier.collate`: the same rows, template and padding for all.
 """
 

@@ -35,11 +35,13 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(task: str, base: str, output: Path, data: Path) -> TrainConfig:
+def config(task: str, base: str, method: str, output: Path, data: Path) -> TrainConfig:
     settings = {**BUDGET, **TASKS[task]}
     settings["data"] = str(data / settings["data"])
-    # MiniLM's package has no language-model head to read words off.
-    own = {"head": "linear"} if (task, base) == ("classify", "minilm") else {}
+    # MiniLM's package has no language-model head to read words off. A decoder's default head stands beside words for
+    # the base without a prefix, as which LoRA's would count.
+    linear = base == "minilm" or (base, method) == ("smollm2", "lora")
+    own = {"head": "linear"} if task == "classify" and linear else {}
     return TrainConfig(output, model=BASES[base](), task=task, **settings, **own)
 
 
@@ -76,7 +78,7 @@ def run(task: str, base: str, method: str, data: Path) -> None:
     if path.exists():
         return
     with tempfile.TemporaryDirectory() as folder:
-        found = METHODS[method](config(task, base, Path(folder) / "run", data))
+        found = METHODS[method](config(task, base, method, Path(folder) / "run", data))
     experiment = {"task": task, "base": base, "method": method, "data": TASKS[task]["data"]}
     write(path, {"experiment": experiment, **found, "budget": {**BUDGET, **TASKS[task]}}, began_at)
     print(json.dumps({**experiment, **found["test"]}), flush=True)

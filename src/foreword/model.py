@@ -45,7 +45,7 @@ class PrefixModel(nn.Module):
     Arguments:
         base: any transformers model whose attention goes through transformers' attention interface; it is frozen.
         tokenizer: needed for starts from an instruction; saved with nothing.
-        kernel: `auto`, or `split`, `joined` or `reference` for one way of computing the attention (`foreword.attention`).
+        kernel: `auto`, or `split`, `joined` or `reference` for one way of computing attention (`foreword.attention`).
 
     Raises InputError when a prefix cannot enter the base exactly; the sentence says why.
     """
@@ -226,8 +226,8 @@ class PrefixModel(nn.Module):
         return bool(self._names(prefix)[1])
 
     def packs(self, prefix: Named = ACTIVE) -> bool:
-        """Whether rows that read `prefix` can be packed: on a CPU, whose split attention takes them so, where some prefix
-        is read, `can_pack`, and none slides or is dynamic."""
+        """Whether rows that read `prefix` can be packed: on a CPU, whose split attention takes them so, where some
+        prefix is read, `can_pack`, and none slides or is dynamic."""
         chosen = self._names(prefix)[1]
         if not chosen or self._padded or self.device.type != "cpu" or self.kernel == "joined":
             return False

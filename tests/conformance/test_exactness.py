@@ -131,8 +131,8 @@ def both_kernels(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of real tokens and the form's gradients, of `kernel` first and then of the reference."""
     logits, gradients = [], []
-    for kernel in (kernel, "reference"):
-        model.kernel = kernel  # type: ignore[assignment]
+    for way in (kernel, "reference"):
+        model.kernel = way  # type: ignore[assignment]
         model.zero_grad()
         out = real(family, batch, model(**batch).logits)
         out.float().pow(2).mean().backward()

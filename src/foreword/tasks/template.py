@@ -22,7 +22,7 @@ class ClassifySettings(Settings):
 
     labels: their names, in the order of the logits.
     template: what stands around the text; holds {text}, and for label words of an encoder {mask}.
-    label_words: one word per label, or None. A `words` head reads them; of a `linear` one the base without a prefix does.
+    label_words: one word per label, or None. A `words` head reads them; beside a `linear` one the bare base does.
     max_length: tokens of template and text together; longer texts are cut, the template never.
     fields: names of the texts that a row has, in the template's braces.
     multi_label: a row has any number of labels.

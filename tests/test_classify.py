@@ -18,7 +18,7 @@ from transformers import (
 
 from foreword import InputError, PrefixClassifier, PrefixModel, load, load_base
 from foreword.schemas import Row
-from foreword.tasks.template import default_instruction, derive_label_words, make_settings
+from foreword.tasks.template import ClassifySettings, default_instruction, derive_label_words, make_settings
 
 TEXTS = [text for text, _ in ROWS]
 SMALL = {"vocab_size": 400, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
@@ -64,7 +64,7 @@ def whole_vocabulary(made: PrefixClassifier) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "bert", "bart", "t5"])
 def test_label_word_logits_are_those_of_the_whole_vocabulary(bases: dict[str, Path], family: str) -> None:
-    made = classifier(bases[family])
+    made = classifier(bases[family], head="words")
     batch = made.collate([{"input_ids": ids} for ids in made.encode(TEXTS)[0]])
     assert len({len(ids) for ids in made.encode(TEXTS)[0]}) > 1  # the batch is padded
     with torch.no_grad():
@@ -112,13 +112,45 @@ def test_a_linear_head_starts_at_nought_where_the_names_say_nothing(bases: dict[
     assert made.head is not None and not any(tensor.any() for tensor in made.head.plain().values())
 
 
+@pytest.mark.parametrize("family", ["bert", "bart", "t5"])
+def test_few_labels_of_other_than_decoders_are_read_off_words(bases: dict[str, Path], family: str) -> None:
+    assert classifier(bases[family]).head is None
+
+
+def test_a_decoder_is_read_by_a_linear_head_and_alone_by_words(bases: dict[str, Path], tmp_path: Path) -> None:
+    rows = [Row(text, label) for text, label in ROWS]
+    made, words = classifier(bases["llama"], rows=rows), classifier(bases["llama"], head="words")
+    assert made.head is not None and made.settings.label_words == words.settings.label_words
+    assert made.predict(TEXTS, prefix=None) == words.predict(TEXTS, prefix=None)  # zero-shot
+    alone = classifier(bases["llama"], rows=rows, head="linear")
+    assert made.predict(TEXTS) == alone.predict(TEXTS) != words.predict(TEXTS)
+    assert (made.reads_base, words.reads_base, alone.reads_base) == (True, True, False)
+    made.save_pretrained(tmp_path / "p")
+    again = load(tmp_path / "p")
+    assert again.predict(TEXTS) == made.predict(TEXTS)
+    assert again.predict(TEXTS, prefix=None) == made.predict(TEXTS, prefix=None)
+
+
+def test_a_file_from_before_the_head_was_named_is_read_as_it_was_saved() -> None:
+    saved = {
+        "task": "classify",
+        "max_length": 32,
+        "labels": ["a", "b"],
+        "template": "{text}",
+        "label_words": ["a", "b"],
+    }
+    assert not ClassifySettings.from_dict(saved).is_linear
+    assert ClassifySettings.from_dict({**saved, "label_words": None}).is_linear
+
+
 def test_many_labels_take_a_linear_head_unless_words_are_asked_for(bases: dict[str, Path]) -> None:
     model, names = PrefixModel(*load_base(str(bases["llama"]))), [f"{chr(97 + i)}x" for i in range(21)]
     assert derive_label_words(names, model.tokenizer) is not None
     assert make_settings(model, names).label_words is None
     assert make_settings(model, names[:20]).label_words is not None
     assert make_settings(model, names, head="words").label_words is not None
-    assert make_settings(model, names, label_words=names).label_words == tuple(names)
+    given = make_settings(model, names, label_words=names)
+    assert given.label_words == tuple(names) and not given.is_linear
 
 
 def test_the_base_s_own_output_layer_is_back_after_a_call_and_after_an_error(bases: dict[str, Path]) -> None:

@@ -1,7 +1,7 @@
 """Prefix attention: softmax(Q [K_p; K]^T * scale + mask) [V_p; V], exactly, in three ways.
 
 `reference_attention` concatenates, masks and takes the softmax; `split_attention` (split.py), on CPUs, merges
-attentions over parts; `joined_attention` (joined.py), on accelerators, is PyTorch's fused kernel over prefix and tokens.
+attentions over parts; `joined_attention` (joined.py), on accelerators, runs PyTorch's fused kernel over both.
 `prefix_attention` is what transformers calls; it picks the way and knows nothing of models or forms.
 
 Shapes: query [B, H, n, d_k], key [B, H_kv, m, d_k], value [B, H_kv, m, d_v]; prefix keys [R, H_kv, P, d_k] and values

@@ -28,7 +28,8 @@ class TrainConfig:
         `prefix`'s own (Vu et al. 2022, arXiv:2110.07904: prompts transferred between tasks).
     keep: what the drift from the base on the base's own texts (`foreword.drift`) weighs beside the task's loss.
     prefix: what the prefix is made of. Without an instruction or another start, the instruction is the task's.
-    learning_rate: by default that of the form (`LEARNING_RATES`); a trained head learns at `head_learning_rate`.
+    learning_rate: by default that of the form (`LEARNING_RATES`); a trained head learns at
+        `head_learning_rate`, by default its task's.
     max_length: tokens of template and text together.
     chat: the base's chat template stands around the prompt (`generate`).
     max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).
@@ -64,7 +65,7 @@ class TrainConfig:
     max_steps: int | None = None
     batch_size: int = 16
     learning_rate: float | None = None
-    head_learning_rate: float = 3e-2
+    head_learning_rate: float | None = None
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     schedule: str = "cosine"

@@ -44,6 +44,7 @@ from .train import (
     describe_data,
     describe_prefix,
     encoded_splits,
+    head_learning_rate,
     learning_rate,
     load_rows,
     log_to,
@@ -306,7 +307,7 @@ def make_trainer(
     for i, (name, task) in enumerate(joint.by_name.items()):
         head, form = f"tasks.{i}.head.", f".forms.{name}."
         if task.head is not None:
-            rates[head] = config.tasks[name].head_learning_rate
+            rates[head] = head_learning_rate(config.tasks[name], task)
         if config.shared is not None and i == 0:  # a parameter of several modules is named in the first
             rates[f"{form}shared."] = learning_rate(replace(run, prefix=config.shared, learning_rate=None))
         rates[form] = learning_rate(config.tasks[name])

@@ -176,7 +176,7 @@ def make_trainer(
         task,
         args,
         patience=config.patience,
-        learning_rates={"head": config.head_learning_rate} if task.head is not None else None,
+        learning_rates={"head": head_learning_rate(config, task)} if task.head is not None else None,
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=task.collate,
@@ -215,6 +215,10 @@ def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingA
 def learning_rate(config: TrainConfig) -> float:
     """As given, or that of the form; keys and values that were saved before train on as they are."""
     return config.learning_rate or LEARNING_RATES["direct" if config.start_from else config.prefix.form]
+
+
+def head_learning_rate(config: TrainConfig, task: PrefixTask) -> float:
+    return config.head_learning_rate or task.head_learning_rate
 
 
 def log_to(trainer: PrefixTrainer, folder: Path) -> None:

@@ -53,6 +53,7 @@ class PrefixTask(nn.Module):
     Class attributes that a task sets:
         name: on the command line and in saved files; verb: what it does to a text, for messages.
         schema: how it reads a table. options: settings of a run that it takes in `for_data`.
+        head_learning_rate: of a trained head, unless the run has its own.
         reads_tokens: a head over every token; an encoder-decoder then reads them off its encoder alone.
     """
 
@@ -61,6 +62,7 @@ class PrefixTask(nn.Module):
     schema: ClassVar[Schema]
     settings_class: ClassVar[type[Settings]]
     options: ClassVar[frozenset[str]]
+    head_learning_rate: ClassVar[float] = 3e-2
     reads_tokens: ClassVar[bool] = False
 
     def __init__(self, model: PrefixModel, settings: Any, head_size: int | None = None) -> None:

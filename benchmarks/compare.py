@@ -272,7 +272,7 @@ def accuracy(settings: Settings) -> dict[str, Any]:
         best = max(first, key=lambda run: run["validation"])
         rate = rates[first.index(best)]
         runs += [*first, *(at(name, rate, seed, -1.0) for seed in range(1, settings["seeds"]))]
-    return {"runs": runs}
+    return {"runs": runs, "hardware": runs[0]["hardware"]}
 
 
 def longest_first(settings: Settings, split: str) -> list[dict[str, str]]:
@@ -376,7 +376,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {
             "commit": at,
-            "hardware": hardware(),
+            "hardware": found.get("hardware") or hardware(),
             "torch": torch.__version__,
             "minutes": (time.monotonic() - began) / 60,
         }

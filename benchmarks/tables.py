@@ -93,11 +93,13 @@ def compared() -> Iterator[str]:
 
 def budgets() -> Iterator[str]:
     """Accuracy after a budget of steps: each method at its best learning rate, over seeds."""
-    yield "| method | learning rate | validation accuracy | test accuracy (mean) | each seed | numbers trained |"
-    yield "|---|---|---|---|---|---|"
+    yield "| budget | method | learning rate | validation accuracy | test accuracy (mean) | each seed | numbers trained |"
+    yield "|---|---|---|---|---|---|---|"
     for record in records("compare"):
         if record["settings"]["kind"] != "accuracy":
             continue
+        of, rows = record["settings"], f"{record['settings']['rows'] or 'new'} rows"
+        budget = f"{DATA[of['data']]}, {of['steps']} steps of {of['batch_size']}, {rows}"
         for name in record["settings"]["methods"]:
             runs = [run for run in record["runs"] if run["method"] == name]
             best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])
@@ -105,7 +107,7 @@ def budgets() -> Iterator[str]:
             found = [run["test"][str(record["settings"]["steps"])] for run in chosen]
             each = ", ".join(f"{value:.3f}" for value in found)
             facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
-            yield f"| {name} | {facts} | {best['parameters']:,} |"
+            yield f"| {budget} | {name} | {facts} | {best['parameters']:,} |"
 
 
 def described(settings: Record) -> str:
@@ -119,6 +121,7 @@ def described(settings: Record) -> str:
     return f"{ {'step': 'training step', 'memory': 'memory of training', 'generation': 'decoding'}[kind] }, {behind}"
 
 
+DATA = {"ag_news": "AG News", "banking77": "Banking77"}
 METRICS = {"classify": "accuracy", "regress": "pearson", "label": "f1", "answer": "f1", "generate": "bleu"}
 
 

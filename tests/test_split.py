@@ -8,9 +8,10 @@ from test_attention import PREFIX, ROWS, draw, masks, tensors
 from torch import Tensor
 
 from foreword.attention import ReadPrefix, packed_reference, reference_attention
+from foreword.joined import joined_attention
 from foreword.kv import SiteKV
-from foreword.packing import Packing
-from foreword.split import can_split, split_attention
+from foreword.packing import Packing, grouped
+from foreword.split import LONG, can_split, split_attention
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -47,6 +48,33 @@ def test_split_equals_reference_forward_and_backward(
     compare((made, narrow), (expected, exact), BOUNDS[dtype])
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
+def test_long_rows_in_half_precision_are_as_exact_as_the_fused_kernel(shared: bool, masked: bool) -> None:
+    """Errors against float64, of the output and of every gradient, beside PyTorch's own attention in bfloat16."""
+    shapes = [(2, 4, LONG, 16), (2, 2, LONG, 16), (2, 2, LONG, 16), *[(1 if shared else 2, 2, 5, 16)] * 2]
+    given = [draw(*shape, seed=i, dtype=torch.bfloat16) * 1.5 for i, shape in enumerate(shapes)]
+    after = torch.ones(LONG, LONG, dtype=torch.bool).triu(1)
+    mask = torch.zeros(1, 1, LONG, LONG).masked_fill(after, -torch.inf) if masked else None
+    whole = None if mask is None else torch.cat([torch.zeros(1, 1, LONG, 5), mask], -1)
+    exact = leaves_of(given, torch.float64)
+    truth = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])), causal=True)[0]
+    errors = []
+    for call in (
+        lambda x: split_attention(*x, mask, causal=not masked),
+        lambda x: joined_attention(*x, whole, causal=not masked),
+    ):
+        narrow = leaves_of(given, torch.bfloat16)
+        out = call(narrow)
+        weights = draw(*out.shape, seed=11)
+        made = [out, *torch.autograd.grad((out * weights).sum(), narrow)]
+        right = [truth, *torch.autograd.grad((truth * weights).sum(), exact, retain_graph=True)]
+        errors.append([float((m.double() - r).norm() / r.norm()) for m, r in zip(made, right, strict=True)])
+    for split, joined in zip(*errors, strict=True):
+        assert split <= max(1.2 * joined, 2**-8)
+    assert errors[0] != errors[1]
+
+
 @pytest.mark.parametrize("kind", ["causal", "float", "per head"])
 def test_split_of_prefixes_with_lengths_of_their_own(kind: str) -> None:
     """Padding of shorter prefixes is hidden; a row without any prefix, and one that sees nothing at all, are right."""
@@ -79,15 +107,15 @@ def test_queries_of_another_number_than_keys_as_in_cross_attention(queries: int,
 
 @pytest.mark.parametrize("window", [None, 3], ids=["whole", "window"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
-@pytest.mark.parametrize("prefixes", [None, (PREFIX, 2, 0)], ids=["shared", "per-row"])
+@pytest.mark.parametrize("prefixes", [None, (PREFIX, 2, 0), (PREFIX, 2, 2)], ids=["shared", "per-row", "two alike"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("lengths", [(6, 1, 4), (6, 4, 4), (5, 5, 5)], ids=str)
 def test_packed_rows_are_each_row_alone(
-    kv_heads: int, prefixes: tuple[int, ...] | None, causal: bool, window: int | None
+    lengths: tuple[int, ...], kv_heads: int, prefixes: tuple[int, ...] | None, causal: bool, window: int | None
 ) -> None:
     """Against the reference in float64, row by row, each with its own part of tensors padded to the longest."""
     if window is not None and not causal:
         pytest.skip("a window is one of causal attention")
-    lengths = (6, 1, 4)
     q, k, v, pk, pv = tensors(kv_heads, shared=prefixes is None, dtype=torch.float32)
 
     def packed(x: Tensor) -> Tensor:
@@ -164,3 +192,17 @@ def test_split_refuses_what_its_kernels_cannot_do() -> None:
     assert not can_split(q, v, pk, hidden), "a prefix that is shared yet not seen whole"
     assert can_split(q, v, pk.expand(ROWS, -1, -1, -1), hidden)
     assert not can_split(q.to("meta"), v, pk, None)
+
+
+def test_rows_alike_in_length_are_grouped() -> None:
+    lengths = [50, 100, 95, 9, 47, 10, 100]
+    order, given = grouped(lengths)
+    assert [lengths[i] for i in order] == [100, 100, 95, 50, 47, 10, 9] and given == [100, 100, 100, 50, 50, 10, 10]
+    assert grouped(lengths, exact=True)[1] == sorted(lengths, reverse=True)
+    assert grouped([]) == ([], [])
+    runs = Packing(tuple(given)).runs()
+    assert [(run.first, run.rows, run.start, run.length) for run in runs] == [
+        (0, 3, 0, 100),
+        (3, 2, 300, 50),
+        (5, 2, 400, 10),
+    ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .packing import Packing
+from .packing import Packing, Run
 
 BLOCK = 128  # queries per block where causality hides what is beyond them
 SCORES = 2**18  # scores per head and block elsewhere
@@ -32,8 +32,8 @@ def attention_gradients(
 ) -> list[Tensor]:
     """Gradients of `tensors`: query, key, value, prefix keys and prefix values, all of one dtype.
 
-    grad: of the output `out`. lse: `[B, H, n]`, of the whole softmax. masks: additive, over the tokens, for each packed
-    row (else one); hidden: over the prefix.
+    grad: of the output `out`. lse: `[B, H, n]`, of the whole softmax. masks: additive, over the tokens, for each run of
+    packed rows (else one); hidden: over the prefix.
     """
     q, k, v, pk, pv = tensors
     delta = (grad * out).sum(-1)
@@ -59,7 +59,7 @@ class _Share:
     """
 
     rows: slice
-    span: slice  # of the sequence: a packed row's, or all of it
+    run: Run | None  # of packed rows
     owners: slice  # whose prefixes are read: the only one's, or these rows'
     keys: Tensor
     values: Tensor
@@ -68,8 +68,12 @@ class _Share:
     hidden: Tensor | None
 
     def of(self, x: Tensor) -> Tensor:
-        """This share of `[B, H, n, ...]`, of queries or of keys."""
-        return x[self.rows, :, self.span]
+        """This share of `[B, H, n, ...]`, of queries or of keys, as a view."""
+        return _share_of(x, self.rows, self.run)
+
+
+def _share_of(x: Tensor, rows: slice, run: Run | None) -> Tensor:
+    return x[rows] if run is None else run.of(x)
 
 
 def _shares(
@@ -81,22 +85,22 @@ def _shares(
     hidden: Tensor | None,
     packing: Packing | None,
 ) -> Iterator[_Share]:
-    """Every query once: packed rows one by one, others in groups, so that a shared prefix is repeated for few rows."""
+    """Every query once: packed rows by their runs, others in groups, so that a shared prefix is repeated for few."""
     batch, kv_heads, count, size = keys.shape
-    spans = [slice(None)] if packing is None else [slice(*span) for span in packing.spans()]
-    at_once = max(1, REPEATED // (kv_heads * (prefix_keys.shape[2] + count) * size)) if packing is None else 1
-    for i, (span, mask) in enumerate(zip(spans, masks, strict=True)):
-        for first in range(0, batch, at_once):
-            rows = slice(first, min(first + at_once, batch))
-            owners = slice(i, i + 1) if packing is not None else rows
-            owners = slice(0, 1) if prefix_keys.shape[0] == 1 else owners
-            length = prefix_keys.shape[2] if packing is None or packing.prefixes is None else packing.prefixes[i]
-            k, v = (
-                torch.cat([p[owners, :, :length].expand(rows.stop - rows.start, -1, -1, -1), x[rows, :, span]], 2)
-                for p, x in ((prefix_keys, keys), (prefix_values, values))
-            )
-            seen, unseen = (None if m is None else m[rows] if m.shape[0] > 1 else m for m in (mask, hidden))
-            yield _Share(rows, span, owners, k, v, length, seen, unseen)
+    at_once = max(1, REPEATED // (kv_heads * (prefix_keys.shape[2] + count) * size))
+    groups = [slice(first, min(first + at_once, batch)) for first in range(0, batch, at_once)]
+    runs = [None] * len(groups) if packing is None else packing.runs()
+    rows_of = groups if packing is None else [slice(run.first, run.first + run.rows) for run in packing.runs()]
+    for i, (rows, run) in enumerate(zip(rows_of, runs, strict=True)):
+        owners = slice(0, 1) if prefix_keys.shape[0] == 1 else rows
+        length = prefix_keys.shape[2] if run is None or run.prefix is None else run.prefix
+        k, v = (
+            torch.cat([p[owners, :, :length].expand(rows.stop - rows.start, -1, -1, -1), _share_of(x, rows, run)], 2)
+            for p, x in ((prefix_keys, keys), (prefix_values, values))
+        )
+        mask = masks[0 if run is None else i]
+        seen, unseen = (None if m is None else m[rows] if m.shape[0] > 1 else m for m in (mask, hidden))
+        yield _Share(rows, run, owners, k, v, length, seen, unseen)
 
 
 def _share_gradients(

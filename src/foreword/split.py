@@ -1,11 +1,13 @@
 """Attention over [prefix; tokens] as attentions over parts, merged by their log-sum-exp; exact, nothing concatenated.
 
 Each part runs the CPU's flash kernel, so the tokens keep its causal path, and a prefix that the batch shares is read
-once: the batch is folded into more queries of it. Rows may lie one behind another in a single sequence without padding
-(`packing`); each is then a part of its own. The backward pass is in gradients.py.
+once: the batch is folded into more queries of it. Rows may lie one behind another in a single sequence (`packing`);
+those of one length are then a part together. The backward pass is in gradients.py.
 
 Shapes as in attention.py. Half precision is computed in float32: in bfloat16 the rounding of sharp attention is several
-percent of the gradient. A single query per row, as while decoding, goes through one softmax over both parts instead.
+percent of the gradient. Long rows alone, whose forward pass it makes twice as fast, are computed in half precision, as
+exactly as the base computes them without a prefix. A single query per row, as while decoding, goes through one softmax
+over both parts instead.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .gradients import attention_gradients
-from .packing import Packing
+from .packing import Packing, Run
 
+LONG = 256  # tokens, from which half precision pays
 SHORT = 512  # of a shared prefix, up to which one softmax over both parts is faster while decoding
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -27,24 +30,27 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 @dataclass
 class _Part:
-    """Queries `start:stop` attend to keys `[B or 1, H_kv, m, d_k]`; folded: the whole batch is queries of one row."""
+    """Queries, all or those of a run of packed rows, attend to keys `[B or 1, H_kv, m, d_k]`; folded: the whole batch
+    is queries of one row."""
 
-    start: int
-    stop: int
     keys: Tensor
     values: Tensor
     mask: Tensor | None = None
     causal: bool = False
     folded: bool = False
+    run: Run | None = None
 
     def queries(self, x: Tensor) -> Tensor:
         """This part's share of `[B, H, n, ...]`."""
-        x = x[:, :, self.start : self.stop]
-        return _fold(x, self.keys.shape[1]) if self.folded else x
+        if self.folded:
+            return _fold(x, self.keys.shape[1])
+        return x if self.run is None else self.run.of(x)
 
     def back(self, x: Tensor, like: Tensor) -> Tensor:
         """The inverse of `queries` for a result, `like` being `[B, H, n, d]`."""
-        return _unfold(x, like.shape[0], like.shape[1], self.stop - self.start) if self.folded else x
+        if self.folded:
+            return _unfold(x, *like.shape[:3])
+        return x if self.run is None else self.run.back(x)
 
 
 def _fold(x: Tensor, kv_heads: int) -> Tensor:
@@ -70,26 +76,23 @@ def _parts(
     hidden: Tensor | None,
     causal: bool,
     packing: Packing | None,
-    queries: int,
 ) -> tuple[list[_Part], list[_Part]]:
     """The parts over the tokens and those over the prefix; each list covers every query once."""
     if packing is None:
-        spans, seen = [(0, queries)], [slice(None)]  # a cache holds more keys than there are queries
+        (mask,) = masks
+        tokens = [_Part(keys, values, mask, causal and mask is None)]
     else:
-        spans = packing.spans()
-        seen = [slice(*span) for span in spans]
-    tokens = [
-        _Part(*span, keys[:, :, own], values[:, :, own], mask, causal and mask is None)
-        for span, own, mask in zip(spans, seen, masks, strict=True)
-    ]
+        tokens = [
+            _Part(run.of(keys), run.of(values), mask, causal and mask is None, run=run)
+            for run, mask in zip(packing.runs(), masks, strict=True)
+        ]
     if prefix_keys.shape[0] == 1 and hidden is None:
-        return tokens, [_Part(0, queries, prefix_keys, prefix_values, folded=True)]
+        return tokens, [_Part(prefix_keys, prefix_values, folded=True)]
     if packing is None:
-        return tokens, [_Part(0, queries, prefix_keys, prefix_values, hidden)]
-    lengths = packing.prefixes or (prefix_keys.shape[2],) * len(spans)
+        return tokens, [_Part(prefix_keys, prefix_values, hidden)]
     return tokens, [
-        _Part(a, b, prefix_keys[r : r + 1, :, :p], prefix_values[r : r + 1, :, :p])
-        for r, ((a, b), p) in enumerate(zip(spans, lengths, strict=True))
+        _Part(prefix_keys[own, :, : run.prefix], prefix_values[own, :, : run.prefix], run=run)
+        for run, own in ((run, slice(run.first, run.first + run.rows)) for run in packing.runs())
     ]
 
 
@@ -122,10 +125,12 @@ def _merged(
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and the log-sum-exps over the tokens and over the prefix."""
-    q, k, v, pk, pv = (_wide(x) for x in tensors)
-    tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing, q.shape[2])
+    long = packing is None and tensors[0].shape[2] >= LONG
+    q, k, v, pk, pv = (x.to(tensors[0].dtype) if long else _wide(x) for x in tensors)
+    tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing)
     out, lse = _attend(q, tokens, scale)
     p_out, p_lse = _attend(q, prefix, scale)
+    out, p_out = _wide(out), _wide(p_out)
     share = torch.sigmoid(lse - p_lse).nan_to_num_(0.0)  # e^lse / (e^lse + e^p_lse); a query that sees nothing: 0
     return torch.lerp(p_out, out, share.unsqueeze(-1)), lse, p_lse
 
@@ -254,7 +259,8 @@ def split_attention(
     scale = scale if scale is not None else query.shape[-1] ** -0.5
     masks: list[Tensor | None] = [_additive(mask, query)]
     if packing is not None:
-        masks = [None if window is None or n <= window else window_mask(n, window, query) for n in packing.lengths]
+        lengths = [run.length for run in packing.runs()]
+        masks = [None if window is None or n <= window else window_mask(n, window, query) for n in lengths]
     tensors = query, key, value, prefix_keys, prefix_values
     settings = masks, _additive(hidden, query), causal, scale, packing
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -25,14 +25,16 @@ PACKING = [family for family in ALL if family.name not in CANNOT]
 every_packing = pytest.mark.parametrize("family", PACKING, ids=str)
 
 
-def both(model: PrefixModel, family: Family, prefix: Any) -> tuple[list[Tensor], list[Tensor]]:
+def both(
+    model: PrefixModel, family: Family, prefix: Any, lengths: list[int] = LENGTHS
+) -> tuple[list[Tensor], list[Tensor]]:
     """Logits of the real tokens, and all forms' gradients: padded first, then packed."""
-    batch = inputs(family, LENGTHS)
+    batch = inputs(family, lengths)
     ids = batch["input_ids"][batch["attention_mask"].bool()][None]
     logits, gradients = [], []
     for run in (
         lambda: real(family, batch, model(**batch, prefix=prefix).logits),
-        lambda: model(input_ids=ids, packed=LENGTHS, prefix=prefix).logits[0],
+        lambda: model(input_ids=ids, packed=lengths, prefix=prefix).logits[0],
     ):
         model.zero_grad()
         out = run()
@@ -44,10 +46,11 @@ def both(model: PrefixModel, family: Family, prefix: Any) -> tuple[list[Tensor],
 
 @every_packing
 @pytest.mark.parametrize("kernel", ["split", "reference"])
-def test_packed_equals_padded(family: Family, kernel: str) -> None:
+@pytest.mark.parametrize("lengths", [LENGTHS, [7, 7, 4, 4]], ids=["all different", "two alike"])
+def test_packed_equals_padded(family: Family, kernel: str, lengths: list[int]) -> None:
     model = wrapped(family.name, kernel=kernel)
     assert model.packs()
-    logits, gradients = both(model, family, "p")
+    logits, gradients = both(model, family, "p", lengths)
     assert off_by(*logits) < 1e-5
     assert off_by(*gradients) < family.tolerance
 

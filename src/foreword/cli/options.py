@@ -42,7 +42,9 @@ def training(
     sites: Annotated[
         str | None, typer.Option(help="Kinds of attention to enter: encoder,decoder,cross; all if not given.")
     ] = None,
-    head: Annotated[str, typer.Option(help="words, linear, or auto: linear for decoders, else words where labels have them.")] = "auto",
+    head: Annotated[
+        str, typer.Option(help="words, linear, or auto: linear for decoders, else words where labels have them.")
+    ] = "auto",
     template: Annotated[str | None, typer.Option(help="What stands around {text}, {prompt}, ...")] = None,
     label_word: Annotated[
         list[str] | None, typer.Option(help="A label's word; once per label, in the labels' order.")

@@ -19,6 +19,7 @@ from ..bases import base_of
 from ..data import Data
 from ..errors import InputError
 from ..model import ACTIVE, PrefixModel
+from ..packing import grouped
 from ..schemas import Row, Schema
 from .head import Head
 from .output import hidden_before_output
@@ -211,19 +212,20 @@ class PrefixTask(nn.Module):
             with self.model.reading(prefix):
                 encoder: Any = self.model.base.get_encoder()
                 return encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        inputs, _ = self.base_inputs(input_ids, attention_mask, prefix)
+        inputs, starts = self.base_inputs(input_ids, attention_mask, prefix)
         hidden = hidden_before_output(self.model, {**inputs, **given}, prefix)
         if "packed" not in inputs:
             return hidden
+        real = attention_mask.bool()
         padded = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
-        padded[attention_mask.bool()] = hidden[0]
+        padded[real] = hidden[0, (starts[:, None] + torch.arange(real.shape[1], device=real.device))[real]]
         return padded
 
     def base_inputs(self, ids: Tensor, mask: Tensor, prefix: Any) -> tuple[dict[str, Any], Tensor]:
         """The arguments of the base's forward, and `[B]`, where each row begins, counted through all rows.
 
-        Rows are packed where the base can, so that no padding is computed; an encoder-decoder's decoder reads its
-        start token alone.
+        Rows are packed where the base can, so that little padding is computed (`packing.grouped`); an encoder-decoder's
+        decoder reads its start token alone.
         """
         row = torch.arange(len(ids), device=ids.device)
         inputs = {"input_ids": ids, "attention_mask": mask}
@@ -232,8 +234,12 @@ class PrefixTask(nn.Module):
             return {**inputs, "decoder_input_ids": start}, row
         if bool(mask.all()) or not self.model.packs(prefix):
             return inputs, row * ids.shape[1]
-        lengths = mask.sum(1)
-        return {"input_ids": ids[mask.bool()][None], "packed": lengths.tolist()}, lengths.cumsum(0) - lengths
+        order, lengths = grouped(mask.sum(1).tolist(), exact=self.model.kind != "decoder")
+        packed = torch.cat([ids[i, :length] for i, length in zip(order, lengths, strict=True)])[None]
+        ends = torch.tensor(lengths, device=ids.device).cumsum(0)
+        starts = torch.empty_like(ends)
+        starts[order] = ends - torch.tensor(lengths, device=ids.device)
+        return {"input_ids": packed, "packed": lengths}, starts
 
     def position(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`[B]`, where in its row `pooled` reads."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -23,6 +24,7 @@ PAGES = (
     "docs/scaling.md",
     "docs/tasks/README.md",
     "docs/tasks/generate.md",
+    "docs/tune.md",
 )
 Record = dict[str, Any]
 
@@ -93,7 +95,7 @@ def compared() -> Iterator[str]:
 
 def budgets() -> Iterator[str]:
     """Accuracy after a budget of steps: each method at its best learning rate, over seeds."""
-    yield "| budget | method | learning rate | validation accuracy | test accuracy (mean) | each seed | numbers trained |"
+    yield "| budget | method | learning rate | validation | test accuracy (mean) | each seed | numbers trained |"
     yield "|---|---|---|---|---|---|---|"
     for record in records("compare"):
         if record["settings"]["kind"] != "accuracy":
@@ -140,6 +142,17 @@ def tasks() -> Iterator[str]:
         values = f"{zero} | {prefix['test'][metric]:.3f} | {lora['test'][metric]:.3f}"
         numbers = f"{prefix['parameters']:,}, {lora['parameters']:,}"
         yield f"| {task} | {prefix['experiment']['data']} | {base} | {metric} | {values} | {numbers} |"
+
+
+def tuned() -> Iterator[str]:
+    """Trials of the search on AG News, the best first; the first trial is the defaults."""
+    yield "| trial | | form | tokens | start | layers | learning rate | validation loss | validation accuracy |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for record in records("tune"):
+        for t in sorted(record["trials"], key=lambda t: t["loss"] if t["state"] == "finished" else inf):
+            state = "defaults" if t["trial"] == record["defaults"] else t["state"]
+            facts = f"{t['form']} | {t['length']} | {t['start']} | {t['layers']} | {t['learning_rate']:.2g}"
+            yield f"| {t['trial']} | {state} | {facts} | {t['loss']:.3f} | {t['accuracy']:.3f} |"
 
 
 def e2e() -> Iterator[str]:
@@ -224,6 +237,7 @@ TABLES = {
     "compared": compared,
     "budgets": budgets,
     "tasks": tasks,
+    "tuned": tuned,
     "e2e": e2e,
     "dynamic": dynamic,
     "forgetting": forgetting,

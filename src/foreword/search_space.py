@@ -21,7 +21,7 @@ from .config import TrainConfig
 from .errors import InputError
 from .forms import FORMS
 from .model import PrefixModel
-from .train import LEARNING_RATES, NAME
+from .train import NAME, default_learning_rate, learning_rate
 
 SEARCHED = ("form", "length", "start", "layers", "learning_rate")
 STARTS = ("instruction", "vocabulary", "random")
@@ -41,7 +41,7 @@ class Space:
         self.train = train
         self._layers = max(Counter(site.kind for site in model.sites).values())
         length = model.form(NAME).length
-        rate = (train.learning_rate or LEARNING_RATES[train.prefix.form]) / LEARNING_RATES[train.prefix.form]
+        rate = learning_rate(train) / default_learning_rate(train)
         every: dict[str, tuple[Any, BaseDistribution]] = {
             "form": (train.prefix.form, CategoricalDistribution(FORMS)),
             "length": (length, _lengths(length, train.max_length, model.text_limit())),
@@ -63,13 +63,12 @@ class Space:
         config = replace(self.train, prefix=replace(self.train.prefix, **own))
         if "learning_rate" not in params:
             return config
-        return replace(config, learning_rate=params["learning_rate"] * LEARNING_RATES[config.prefix.form])
+        return replace(config, learning_rate=params["learning_rate"] * default_learning_rate(config))
 
     def shown(self, params: dict[str, Any]) -> dict[str, Any]:
         """Every setting that could be searched, as people read it: the learning rate itself."""
         config = self.settings(params)
-        rate = config.learning_rate or LEARNING_RATES[config.prefix.form]
-        return {**self._fixed, **params, "learning_rate": rate}
+        return {**self._fixed, **params, "learning_rate": learning_rate(config)}
 
 
 def _lengths(default: int, max_length: int, text_limit: int | None) -> IntDistribution:

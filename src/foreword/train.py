@@ -161,6 +161,8 @@ def _with_start(config: TrainConfig, data: Data, model: PrefixModel) -> PrefixCo
     cls, prefix = task_class(config.task), config.prefix
     if prefix.instruction is None and prefix.start in (None, "instruction"):
         prefix = replace(prefix, instruction=cls.instruction(data))
+    if prefix.frozen_layers is None:
+        prefix = replace(prefix, frozen_layers=cls.frozen_layers)
     if cls.reads_tokens and model.kind == "encoder-decoder" and prefix.sites is None:
         prefix = replace(prefix, sites=("encoder",))  # its decoder is not run
     return prefix
@@ -213,8 +215,14 @@ def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingA
 
 
 def learning_rate(config: TrainConfig) -> float:
-    """As given, or that of the form; keys and values that were saved before train on as they are."""
-    return config.learning_rate or LEARNING_RATES["direct" if config.start_from else config.prefix.form]
+    """As given, or by default that of the form, which some tasks multiply."""
+    return config.learning_rate or default_learning_rate(config)
+
+
+def default_learning_rate(config: TrainConfig) -> float:
+    """Keys and values that were saved before train on as they are."""
+    form = "direct" if config.start_from else config.prefix.form
+    return LEARNING_RATES[form] * task_class(config.task).rate
 
 
 def head_learning_rate(config: TrainConfig, task: PrefixTask) -> float:

@@ -68,6 +68,7 @@ class PrefixGenerator(PrefixTask):
     name, verb = "generate", "continue"
     schema, settings_class = GENERATE, GenerateSettings
     options = frozenset({"template", "max_length", "chat", "max_new_tokens", "beams"})
+    rate, frozen_layers = 3.0, 0  # what E2E takes to come near LoRA (docs/log.md)
 
     def __init__(self, model: PrefixModel, settings: GenerateSettings) -> None:
         super().__init__(model, settings)

@@ -55,6 +55,7 @@ class PrefixTask(nn.Module):
         name: on the command line and in saved files; verb: what it does to a text, for messages.
         schema: how it reads a table. options: settings of a run that it takes in `for_data`.
         head_learning_rate: of a trained head, unless the run has its own.
+        rate: what a form's own learning rate is multiplied by. frozen_layers: of a prefix, unless it has its own.
         reads_tokens: a head over every token; an encoder-decoder then reads them off its encoder alone.
     """
 
@@ -64,6 +65,8 @@ class PrefixTask(nn.Module):
     settings_class: ClassVar[type[Settings]]
     options: ClassVar[frozenset[str]]
     head_learning_rate: ClassVar[float] = 3e-2
+    rate: ClassVar[float] = 1.0
+    frozen_layers: ClassVar[int | None] = None
     reads_tokens: ClassVar[bool] = False
 
     def __init__(self, model: PrefixModel, settings: Any, head_size: int | None = None) -> None:

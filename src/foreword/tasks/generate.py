@@ -101,7 +101,10 @@ class PrefixGenerator(PrefixTask):
 
     @classmethod
     def instruction(cls, data: Data) -> str:
-        return "Read the text and write what belongs after it.\n\n"
+        return (
+            "Below is a text. Read all of it, then write what belongs after it, complete, with nothing left out and "
+            "nothing added.\n\n"
+        )
 
     # ---- rows to inputs
 

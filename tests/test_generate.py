@@ -208,7 +208,8 @@ def test_a_run_learns_and_its_figures_are_those_of_evaluate(
         rows = [{"prompt": r.text, label: r.label if split == "train" else [r.label, "or so"]} for r in PAIRS]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"epochs": 12, "batch_size": 4, "learning_rate": 0.3, "max_length": 32, "max_new_tokens": 8, "beams": 2}
-    settings["prefix"] = PrefixConfig(form="direct", instruction="write what belongs after it")  # which such a rate suits
+    # A form which such a rate suits, and a text that the small bases have room for.
+    settings["prefix"] = PrefixConfig(form="direct", instruction="write what belongs after it")
     config = TrainConfig(tmp_path / "p", str(bases[family]), str(tmp_path), "generate", **settings)  # type: ignore[arg-type]
     summary = train(config).summary
     losses = [loss for _, loss in summary["losses"]]

@@ -48,7 +48,9 @@ def start_of(config: TrainConfig) -> Tensors:
     from foreword.files import kv_tensors
     from foreword.train import load_rows
 
-    return kv_tensors(build(config, load_rows(config)).model.kv("prefix"))
+    task = build(config, load_rows(config))
+    assert task.head is not None
+    return {**kv_tensors(task.model.kv("prefix")), **{f"head.{name}": x for name, x in task.head.plain().items()}}
 
 
 def relative_difference(one: Path, other: Path, start: Tensors) -> float:
@@ -107,6 +109,7 @@ def arguments(config: TrainConfig, *more: str) -> list[str]:
         "--data": config.data,
         "--train-rows": config.train_rows,
         "--batch-size": config.batch_size,
+        "--form": config.prefix.form,
         "--length": config.prefix.length,
         "--max-length": config.max_length,
         "--learning-rate": config.learning_rate,

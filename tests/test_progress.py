@@ -113,7 +113,7 @@ def test_a_search_shows_each_trial_s_panel_with_the_best_so_far(tiny_llama: Path
     second = r"╭─ trial 2 of 2, best validation loss 0\.\d+ ─[\s\S]*loss +\d\.\d+"
     assert any(re.search(second, screen) for screen in terminal.screens)
     before, after = terminal.text.split("Testing trial")
-    assert "╭" not in before and "Trial 0: direct, 36 tokens, instruction, all, 0.01: validation loss" in before
+    assert "╭" not in before and "Trial 0: projected, 36 tokens, instruction, all, 0.01: validation loss" in before
     assert after.count("╭") == 1  # the winner's, which trains no further
 
 

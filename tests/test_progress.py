@@ -146,7 +146,7 @@ def test_tensorboard_reads_loss_metric_and_learning_rate(tiny_llama: Path, topic
     validated = [(event.step, event.value) for event in events.Scalars("eval/accuracy")]
     assert validated == [(entry["step"], pytest.approx(entry["accuracy"])) for entry in summary["validations"]]
     rates = [event.value for event in events.Scalars("train/learning_rate")]
-    assert len(rates) == len(losses) and max(rates) == pytest.approx(summary["learning_rate"], rel=0.2)
+    assert len(rates) == len(losses) and 0.2 < max(rates) / summary["learning_rate"] <= 1  # logged while it decays
 
 
 def test_a_tracker_that_is_unknown_or_not_installed_is_one_sentence(

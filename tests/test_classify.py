@@ -131,6 +131,26 @@ def test_a_decoder_is_read_by_a_linear_head_and_alone_by_words(bases: dict[str, 
     assert again.predict(TEXTS, prefix=None) == made.predict(TEXTS, prefix=None)
 
 
+@pytest.mark.parametrize("head", ["words", "linear"])
+def test_rows_that_name_prefixes_of_their_own_are_each_row_alone(bases: dict[str, Path], head: str) -> None:
+    """In whatever order of length they come."""
+    made = classifier(bases["llama"], head=head)
+    made.model.add("q", instruction="name the thing that is meant", length=3)
+    if made.head is not None:
+        torch.nn.init.normal_(made.head.weight)
+    texts = ["a cat", "the small dog runs after the big saw", "a saw", "the cat sleeps on the old saw"]
+    encoded, names = made.encode(texts)[0], ["p", "q", "q", "p"]
+    assert [len(ids) for ids in encoded] != sorted((len(ids) for ids in encoded), reverse=True)
+    with torch.no_grad():
+        together = made(**made.collate([{"input_ids": ids} for ids in encoded]), prefix=names)["logits"]
+        alone = [
+            made(**made.collate([{"input_ids": ids}]), prefix=name)["logits"]
+            for ids, name in zip(encoded, names, strict=True)
+        ]
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+    assert not torch.allclose(alone[0], alone[2], atol=1e-3)
+
+
 def test_a_file_from_before_the_head_was_named_is_read_as_it_was_saved() -> None:
     saved = {
         "task": "classify",

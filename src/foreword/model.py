@@ -225,6 +225,10 @@ class PrefixModel(nn.Module):
         """Whether any row reads a prefix."""
         return bool(self._names(prefix)[1])
 
+    def by_row(self, prefix: Named = ACTIVE) -> bool:
+        """Whether each row names its own prefix."""
+        return len(self._names(prefix)[0]) > 1
+
     def packs(self, prefix: Named = ACTIVE) -> bool:
         """Whether rows that read `prefix` can be packed: on a CPU, whose split attention takes them so, where some
         prefix is read, `can_pack`, and none slides or is dynamic."""

@@ -237,7 +237,10 @@ class PrefixTask(nn.Module):
             return {**inputs, "decoder_input_ids": start}, row
         if bool(mask.all()) or not self.model.packs(prefix):
             return inputs, row * ids.shape[1]
-        order, lengths = grouped(mask.sum(1).tolist(), exact=self.model.kind != "decoder")
+        lengths = mask.sum(1).tolist()
+        order = list(range(len(ids)))
+        if not self.model.by_row(prefix):  # else the prefixes are in the order of the rows
+            order, lengths = grouped(lengths, exact=self.model.kind != "decoder")
         packed = torch.cat([ids[i, :length] for i, length in zip(order, lengths, strict=True)])[None]
         ends = torch.tensor(lengths, device=ids.device).cumsum(0)
         starts = torch.empty_like(ends)

@@ -200,7 +200,7 @@ def test_rows_alike_in_length_are_grouped() -> None:
     assert [lengths[i] for i in order] == [100, 100, 95, 50, 47, 10, 9] and given == [100, 100, 100, 50, 50, 10, 10]
     assert grouped(lengths, exact=True)[1] == sorted(lengths, reverse=True)
     assert grouped([]) == ([], [])
-    runs = Packing(tuple(given)).runs()
+    runs = Packing(tuple(given)).runs
     assert [(run.first, run.rows, run.start, run.length) for run in runs] == [
         (0, 3, 0, 100),
         (3, 2, 300, 50),

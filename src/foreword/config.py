@@ -28,8 +28,8 @@ class TrainConfig:
         `prefix`'s own (Vu et al. 2022, arXiv:2110.07904: prompts transferred between tasks).
     keep: what the drift from the base on the base's own texts (`foreword.drift`) weighs beside the task's loss.
     prefix: what the prefix is made of. Without an instruction or another start, the instruction is the task's.
-    learning_rate: by default that of the form (`LEARNING_RATES`); a trained head learns at
-        `head_learning_rate`, by default its task's.
+    learning_rate: by default that of the form (`LEARNING_RATES`) times the task's `rate`.
+    head_learning_rate: of a trained head, by default the task's own.
     max_length: tokens of template and text together.
     chat: the base's chat template stands around the prompt (`generate`).
     max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).

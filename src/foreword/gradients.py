@@ -88,10 +88,10 @@ def _shares(
     """Every query once: packed rows by their runs, others in groups, so that a shared prefix is repeated for few."""
     batch, kv_heads, count, size = keys.shape
     at_once = max(1, REPEATED // (kv_heads * (prefix_keys.shape[2] + count) * size))
-    groups = [slice(first, min(first + at_once, batch)) for first in range(0, batch, at_once)]
-    runs = [None] * len(groups) if packing is None else packing.runs()
-    rows_of = groups if packing is None else [slice(run.first, run.first + run.rows) for run in packing.runs()]
-    for i, (rows, run) in enumerate(zip(rows_of, runs, strict=True)):
+    taken: list[tuple[slice, Run | None]] = [(run.own, run) for run in packing.runs] if packing is not None else []
+    if packing is None:
+        taken = [(slice(first, min(first + at_once, batch)), None) for first in range(0, batch, at_once)]
+    for i, (rows, run) in enumerate(taken):
         owners = slice(0, 1) if prefix_keys.shape[0] == 1 else rows
         length = prefix_keys.shape[2] if run is None or run.prefix is None else run.prefix
         k, v = (

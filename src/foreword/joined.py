@@ -37,7 +37,7 @@ def joined_attention(
         for of_prefix, x in ((prefix_keys, key), (prefix_values, value))
     )
     if mask is None:
-        bias = causal_lower_right(length, keys.shape[2]) if causal and length > 1 else None
+        bias = causal_lower_right(length, keys.shape[2]) if causal else None
         return scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
     blind = (mask == -torch.inf).all(-1, keepdim=True)  # a query that sees nothing gets nothing, not NaN
     seen = mask.masked_fill(blind, 0.0).to(query.dtype)

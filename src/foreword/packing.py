@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 
 from torch import Tensor
@@ -32,6 +33,11 @@ class Run:
     length: int  # of each
     prefix: int | None  # tokens of it, where every row has a prefix of its own
 
+    @property
+    def own(self) -> slice:
+        """Its rows, of what there is for each row."""
+        return slice(self.first, self.first + self.rows)
+
     def of(self, x: Tensor) -> Tensor:
         """A view `[rows, H, length, ...]` of `[1, H, n, ...]`."""
         own = x[0, :, self.start : self.start + self.rows * self.length]
@@ -53,6 +59,7 @@ class Packing:
     lengths: tuple[int, ...]
     prefixes: tuple[int, ...] | None = None
 
+    @cached_property
     def runs(self) -> list[Run]:
         """Rows that can be computed together; every row once, in order."""
         found, first, start = [], 0, 0

@@ -84,15 +84,15 @@ def _parts(
     else:
         tokens = [
             _Part(run.of(keys), run.of(values), mask, causal and mask is None, run=run)
-            for run, mask in zip(packing.runs(), masks, strict=True)
+            for run, mask in zip(packing.runs, masks, strict=True)
         ]
     if prefix_keys.shape[0] == 1 and hidden is None:
         return tokens, [_Part(prefix_keys, prefix_values, folded=True)]
     if packing is None:
         return tokens, [_Part(prefix_keys, prefix_values, hidden)]
     return tokens, [
-        _Part(prefix_keys[own, :, : run.prefix], prefix_values[own, :, : run.prefix], run=run)
-        for run, own in ((run, slice(run.first, run.first + run.rows)) for run in packing.runs())
+        _Part(prefix_keys[run.own, :, : run.prefix], prefix_values[run.own, :, : run.prefix], run=run)
+        for run in packing.runs
     ]
 
 
@@ -259,7 +259,7 @@ def split_attention(
     scale = scale if scale is not None else query.shape[-1] ** -0.5
     masks: list[Tensor | None] = [_additive(mask, query)]
     if packing is not None:
-        lengths = [run.length for run in packing.runs()]
+        lengths = [run.length for run in packing.runs]
         masks = [None if window is None or n <= window else window_mask(n, window, query) for n in lengths]
     tensors = query, key, value, prefix_keys, prefix_values
     settings = masks, _additive(hidden, query), causal, scale, packing

@@ -31,6 +31,7 @@ import torch
 from ag_news import commit, hardware
 from methods import Batch, Method, classifier_on, make
 
+from foreword.averaging import WeightAverage
 from foreword.schemas import Row
 
 HERE = Path(__file__).parent
@@ -101,11 +102,15 @@ def load(settings: Settings) -> tuple[Any, Any]:
     return base.to(settings["device"]), tokenizer
 
 
-def one_step(method: Method, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+def one_step(
+    method: Method, optimizer: torch.optim.Optimizer, batch: Batch, average: WeightAverage | None = None
+) -> float:
     loss = method.loss(batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_([*method.parameters(), *method.head_parameters()], 1.0)
     optimizer.step()
+    if average is not None:
+        average.update()
     optimizer.zero_grad()
     return float(loss)
 
@@ -260,7 +265,8 @@ def accuracy(settings: Settings) -> dict[str, Any]:
         path = folder / f"{name}-{'default' if rate is None else f'{rate:g}'}-{seed}.json"
         if not path.exists():
             run = trained(name, rate, seed, base, tokenizer, settings, rows, best)
-            path.write_text(json.dumps({**run, "commit": commit(), "hardware": hardware()}, indent=1) + "\n")
+            facts = {"commit": commit(), "hardware": hardware(), "dtype": settings["dtype"]}
+            path.write_text(json.dumps({**run, **facts}, indent=1) + "\n")
             say(f"{name} at {run['learning_rate']:g}, seed {seed}: {run['validation']} {run['test']}")
         return json.loads(path.read_text())
 
@@ -304,16 +310,24 @@ def trained(
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     warm = max(1, round(settings["warmup_ratio"] * len(work)))
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm)
-    down = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))
+    # foreword's default is a constant rate and averaged weights; the others' rate decays to nought.
+    average = WeightAverage(method.module) if name.startswith("foreword") else None
+    rest = max(1, len(work) - warm)
+    down: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest)
+    if average is not None:
+        down = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, down], [warm])
     losses, test = [], {}
     for i, batch in enumerate(work, 1):
-        losses.append(one_step(method, optimizer, batch))
+        losses.append(one_step(method, optimizer, batch, average))
         schedule.step()
-        if i in settings["test_at"] and name.startswith("foreword"):
-            test[str(i)] = score(method, rows["test"])
+        if i in settings["test_at"] and average is not None:
+            with average.applied():
+                test[str(i)] = score(method, rows["test"])
         if i % 10 == 0:
             say(f"{name} at {rate:g}, seed {seed}: step {i} of {len(work)}, loss {mean(losses[-10:]):.3f}")
+    if average is not None:
+        average.put()
     validation = score(method, rows["validation"])
     if validation > best:
         test[str(len(work))] = score(method, rows["test"])
@@ -357,6 +371,8 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="accuracy: only these, with commas between; no result is written")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="accuracy alone: cuda where there is one")
+    parser.add_argument("--dtype", help="of the base; with --methods")
+    parser.add_argument("--seeds", type=int, help="how many; with --methods")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     for name, settings in experiments(arguments.only):
@@ -365,7 +381,9 @@ def main() -> None:
         given = {"folder": arguments.data_folder, "name": name, "device": arguments.device}
         if arguments.methods:
             if settings["kind"] == "accuracy":
-                accuracy({**asked, **given, "methods": arguments.methods.split(",")})
+                own = {"dtype": arguments.dtype, "seeds": arguments.seeds}
+                own = {key: value for key, value in own.items() if value is not None}
+                accuracy({**asked, **given, **own, "methods": arguments.methods.split(",")})
             continue
         if path.exists() and json.loads(path.read_text())["settings"] == asked:
             say(f"{name}: done before with the same settings")

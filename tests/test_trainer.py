@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from foreword import checkpoints
 from foreword.arguments import training_arguments
+from foreword.averaging import WeightAverage
 from foreword.bases import machine_has_fast_bf16
 from foreword.batching import BucketSampler, Rows
 from foreword.checkpoints import last_checkpoint
@@ -90,7 +91,7 @@ def toy_arguments(folder: Path, **changes: Any) -> Any:
 
 def toy_trainer(folder: Path, model: Toy | None = None, **changes: Any) -> PrefixTrainer:
     """90 rows, micro-batches of 4, 2 a step: 12 steps an epoch, the last of one and a half micro-batches."""
-    names = ("patience", "learning_rates", "heading", "train_dataset", "callbacks")
+    names = ("patience", "average", "learning_rates", "heading", "train_dataset", "callbacks")
     own = {name: changes.pop(name) for name in names if name in changes}
     given = {"train_dataset": toy_rows(), "eval_dataset": toy_rows(20, 1), "compute_metrics": accuracy}
     return PrefixTrainer(model or Toy(), toy_arguments(folder, **changes), **(given | own))
@@ -366,6 +367,67 @@ def test_best_step_is_loaded_at_the_end_and_kept_on_disk(tmp_path: Path) -> None
     assert trainer.state.best_global_step == 4  # not a saving step
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "checkpoint-14"}
     assert_same(trainable(trainer.model), load_file(tmp_path / "checkpoint-4" / "trainable.safetensors"))
+
+
+class Recorded(TrainerCallback):
+    """The parameters after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.steps.append(trainable(model))
+
+
+def averaged(steps: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The average in closed form: step s weighs s (s + 1) (s + 2)."""
+    weights = torch.tensor([float(s * (s + 1) * (s + 2)) for s in range(1, len(steps) + 1)], dtype=torch.float64)
+    return {
+        name: (torch.stack([step[name].double() for step in steps], -1) @ (weights / weights.sum())).float()
+        for name in steps[0]
+    }
+
+
+def test_the_average_of_the_parameters_is_validated_and_ends_in_the_model(tmp_path: Path) -> None:
+    recorded = Recorded()
+    run = dict(average=True, callbacks=[recorded], schedule="constant", learning_rate=1e-1)
+    trainer = toy_trainer(tmp_path / "best", max_steps=9, eval_steps=4, metric="loss", **run)
+    trainer.train()
+    assert trainer.state.best_global_step == 8
+    torch.testing.assert_close(trainable(trainer.model), averaged(recorded.steps[:8]), rtol=1e-5, atol=1e-6)
+    after = trainer.evaluate()["eval_loss"]  # of what is in the model now
+    assert after == pytest.approx(trainer.state.best_metric, rel=1e-6)
+    recorded.steps.clear()
+    trainer = toy_trainer(tmp_path / "last", max_steps=9, eval_steps=None, **run)
+    trainer.train()
+    torch.testing.assert_close(trainable(trainer.model), averaged(recorded.steps), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_an_average_goes_on_over_a_resume_to_the_same_bits(tmp_path: Path, stop: int) -> None:
+    run = dict(max_steps=9, eval_steps=4, average=True)
+    whole = toy_trainer(tmp_path / "whole", **run)
+    whole.train()
+    with pytest.raises(RunError, match="interrupted"):
+        toy_trainer(tmp_path / "cut", callbacks=[InterruptAt(stop)], **run).train()
+    resumed = toy_trainer(tmp_path / "cut", **run)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(trainable(whole.model), trainable(resumed.model))
+
+
+def test_a_parameter_without_a_gradient_counts_no_step() -> None:
+    model = nn.ParameterDict({"first": nn.Parameter(torch.zeros(2)), "second": nn.Parameter(torch.ones(2))})
+    average = WeightAverage(model)
+    model["first"].grad = torch.ones(2)
+    average.update()
+    model["first"].data += 1
+    with average.applied():
+        assert model["first"].tolist() == [0, 0] and model["second"].tolist() == [1, 1]
+    assert model["first"].tolist() == [1, 1]
+    model["second"].grad, model["first"].grad = torch.ones(2), None
+    average.update()
+    assert average.tensors().keys() == {"first", "first.steps", "second", "second.steps"}
+    assert (int(average.tensors()["first.steps"]), int(average.tensors()["second.steps"])) == (1, 1)
 
 
 def test_early_stopping_counts_across_a_resume(tmp_path: Path) -> None:

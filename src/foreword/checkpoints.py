@@ -2,6 +2,7 @@
 
     checkpoint-120/
       trainable.safetensors                  parameters with requires_grad, by name, in their own dtype
+      average.safetensors                    their averages over the steps, where a run takes them
       optimizer.safetensors, optimizer.json  moments by "index.name"; groups, schedule, gradient scaler
       rng.safetensors, rng.json              torch, CUDA, numpy and Python random states
       trainer_state.json                     transformers' TrainerState
@@ -28,6 +29,7 @@ from foreword.errors import InputError
 
 COMPLETE = "complete"
 TRAINABLE = "trainable.safetensors"
+AVERAGE = "average.safetensors"
 WRITE_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk with an error of its own
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -96,6 +98,16 @@ def read_trainable(folder: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in current.items():
             parameter.copy_(saved[name])
+
+
+def write_average(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write the state of a `foreword.averaging.WeightAverage`."""
+    save_file({name: _copy(tensor) for name, tensor in tensors.items()}, folder / AVERAGE)
+
+
+def read_average(folder: Path) -> dict[str, Tensor]:
+    """What `write_average` wrote. Raises: InputError where the file cannot be read."""
+    return _load(folder / AVERAGE)
 
 
 def write_optimizer(folder: Path, optimizer: Any, scheduler: Any, scaler: Any) -> None:

@@ -35,6 +35,7 @@ class TrainConfig:
     max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).
     beams: beam search over so many when completions are tested (`generate`).
     stride: tokens that two windows of a long context share (`answer`); by default half of what a window holds.
+    average: the average of the parameters over the steps (`foreword.averaging`) is what is validated and saved.
     batch_size: rows of a step (times `gradient_accumulation`), of all processes together.
     quantise: the base, by bitsandbytes. shard: its weights over the processes (FSDP2).
     validation_rows, test_rows: how many rows to validate and test on, all by default.
@@ -68,7 +69,8 @@ class TrainConfig:
     head_learning_rate: float | None = None
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
-    schedule: str = "cosine"
+    schedule: str = "constant_with_warmup"
+    average: bool = True
     keep: float = 0.0
     patience: int | None = None
     save_steps: int | None = None

@@ -56,7 +56,7 @@ from .trainer import PrefixTrainer
 
 # Settings of the run, which its tasks cannot differ in.
 OF_THE_RUN = (
-    *("model", "epochs", "max_steps", "batch_size", "warmup_ratio", "weight_decay", "schedule", "save_steps"),
+    *("model", "epochs", "max_steps", "batch_size", "warmup_ratio", "weight_decay", "schedule", "average", "save_steps"),
     *("gradient_accumulation", "gradient_checkpointing", "dtype", "quantise", "report_to", "seed"),
 )
 SHARED = "shared"
@@ -316,6 +316,7 @@ def make_trainer(
     trainer = JointTrainer(
         joint,
         run_arguments(run, batches, config.output / "training"),
+        average=run.average,
         learning_rates=rates,
         owners=owners,
         train_dataset=together,

@@ -178,6 +178,7 @@ def make_trainer(
         task,
         args,
         patience=config.patience,
+        average=config.average,
         learning_rates={"head": head_learning_rate(config, task)} if task.head is not None else None,
         train_dataset=rows,
         eval_dataset=validation,

@@ -7,6 +7,7 @@ knows of prefixes.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from foreword import checkpoints, processes
 from foreword.arguments import training_arguments
+from foreword.averaging import WeightAverage
 from foreword.batching import BucketSampler, InterleavedSampler, Rows, longest_first, reordered, reordered_prediction
 from foreword.checkpoints import folder_of, is_complete, last_checkpoint
 from foreword.clock import Clock
@@ -44,6 +46,8 @@ class PrefixTrainer(Trainer):
     - `learning_rates` for the parameters whose name contains a key of it, the first that does;
     - of several validation sets (a dict) the mean of their losses as the loss of them all;
     - `term(step)`, added to the loss of every batch in training;
+    - with `average`, the average of the parameters over the steps (`foreword.averaging`) as what is validated and ends
+      in the model;
     - a live panel, or lines, of how far it is, with `heading` before it.
     """
 
@@ -58,6 +62,7 @@ class PrefixTrainer(Trainer):
         patience: int | None = None,
         learning_rates: Mapping[str, float] | None = None,
         term: Callable[[int], torch.Tensor] | None = None,
+        average: bool = False,
         heading: str = "",
         **kwargs: Any,
     ) -> None:
@@ -82,6 +87,9 @@ class PrefixTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(self._progress)
         self.add_callback(Clock())
+        self._average = WeightAverage(model) if average else None
+        if self._average is not None:
+            self.add_callback(self._average)
         if patience is not None:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=patience))
         self._enable_gradient_checkpointing()
@@ -100,6 +108,8 @@ class PrefixTrainer(Trainer):
         try:
             with self._interrupt:
                 output = super().train(resume)
+            if self._average is not None and not self.args.load_best_model_at_end:
+                self._average.put()
             if processes.anywhere(self._interrupt.asked):  # too late to stop the training, in time to stop what follows
                 raise KeyboardInterrupt
             return output
@@ -184,7 +194,9 @@ class PrefixTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Trainer's; of several sets also `eval_loss`, the mean of their losses."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        average = self._average if self.is_in_train else None
+        with average.applied() if average is not None else nullcontext():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         several = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(several, dict):
             losses = {key: metrics[key] for key in (f"{metric_key_prefix}_{name}_loss" for name in several)}
@@ -355,6 +367,8 @@ class PrefixTrainer(Trainer):
         checkpoints.write_rng(folder, self._rng_name())
         if self.args.should_save:
             checkpoints.write_trainable(folder, self.model)
+            if self._average is not None:
+                checkpoints.write_average(folder, self._average.tensors())
             checkpoints.write_optimizer(folder, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
             exported = [cb for cb in self.callback_handler.callbacks if isinstance(cb, ExportableState)]
             exported_states: Any = {type(cb).__name__: cb.state() for cb in exported}
@@ -388,9 +402,13 @@ class PrefixTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoints.read_trainable(Path(resume_from_checkpoint), model if model is not None else self.model)
+        if self._average is not None:
+            self._average.load(checkpoints.read_average(Path(resume_from_checkpoint)))
 
     def _load_best_model(self) -> None:
-        checkpoints.read_trainable(Path(str(self.state.best_model_checkpoint)), self.model)
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+        if self._average is not None:
+            self._average.put()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

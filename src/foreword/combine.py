@@ -12,6 +12,8 @@ they are saved with each (`prefix.json` says so under `combined`). The prefix's 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from .model import PrefixModel
 from .sites import Site
 
 ADAPTER = "default"  # PEFT's name of the only one
+LEARNING_RATE = 1e-3  # of LoRA, adapters and their gates
+PARTS = ("lora_", ".parts.")  # what the names of their parameters contain
 
 
 class TokenGate(nn.Module):
@@ -45,6 +49,7 @@ class ParallelAdapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         self.gate = TokenGate(width) if gated else None
+        self.is_read = True
 
     def forward(self, x: Tensor) -> Tensor:
         change = self.up(torch.relu(self.down(x.to(self.down.weight.dtype)))).to(x.dtype)
@@ -58,6 +63,8 @@ def add_lora(model: PrefixModel, *, gated: bool = False, **settings: Any) -> Non
     """
     peft = _peft()
     layers = lora_layers(model)
+    if settings.get("r", 1) < 1:
+        raise InputError(f"the rank of LoRA must be at least 1, not {settings['r']}.")
     if any(layer.merged for layer in layers):
         raise InputError("the base's LoRA is merged already; load the base afresh before adding another.")
     if layers:
@@ -66,6 +73,8 @@ def add_lora(model: PrefixModel, *, gated: bool = False, **settings: Any) -> Non
         peft.inject_adapter_in_model(peft.LoraConfig(**settings), model.base, ADAPTER)
     except (TypeError, ValueError) as error:
         raise InputError(f"LoRA cannot be put on this base: {str(error).splitlines()[0]}") from error
+    for parameter in lora_parameters(model).values():  # PEFT makes them in the base's dtype, and they are trained
+        parameter.data = parameter.data.float()
     if gated:
         gates = []
         for layer in lora_layers(model):
@@ -101,6 +110,35 @@ def lora_layers(model: PrefixModel) -> list[Any]:
     return [module for module in model.base.modules() if hasattr(module, "lora_A") and hasattr(module, "merge")]
 
 
+def lora_parameters(model: PrefixModel) -> dict[str, nn.Parameter]:
+    """LoRA's parameters by their names in the base."""
+    return {name: p for name, p in model.base.named_parameters() if ".lora_" in name}
+
+
+@contextmanager
+def apart(model: PrefixModel) -> Iterator[None]:
+    """While open, the base is read without its LoRA and adapters, as it was before they were put on it.
+
+    Raises InputError where LoRA is merged into it.
+    """
+    layers: list[Any] = lora_layers(model)
+    adapters = [module for module in model.parts.modules() if isinstance(module, ParallelAdapter)]
+    if any(layer.merged for layer in layers):
+        raise InputError("LoRA is merged into the base, which cannot be read without it; load the directory again.")
+    scales = [layer.scaling[ADAPTER] for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[ADAPTER] = 0.0
+        for adapter in adapters:
+            adapter.is_read = False
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scaling[ADAPTER] = scale
+        for adapter in adapters:
+            adapter.is_read = True
+
+
 def add_adapters(model: PrefixModel, *, size: int = 16, gated: bool = False) -> None:
     """Put an adapter of `size` beside every layer's feed-forward module, which is found by where it is.
 
@@ -121,7 +159,9 @@ def add_adapters(model: PrefixModel, *, size: int = 16, gated: bool = False) -> 
 
 
 def _beside(module: nn.Module, adapter: ParallelAdapter) -> RemovableHandle:
-    return module.register_forward_hook(lambda _, args, output: output + adapter(args[0]))
+    return module.register_forward_hook(
+        lambda _, args, output: output + adapter(args[0]) if adapter.is_read else output
+    )
 
 
 def _feed_forward(model: PrefixModel, site: Site) -> nn.Module:
@@ -143,12 +183,17 @@ def _feed_forward(model: PrefixModel, site: Site) -> nn.Module:
     )
 
 
+def count(model: PrefixModel) -> int:
+    """Numbers in LoRA, adapters and their gates."""
+    return sum(p.numel() for p in [*model.parts.parameters(), *lora_parameters(model).values()])
+
+
 # ---- files
 
 
 def tensors(model: PrefixModel) -> dict[str, Tensor]:
     """What is saved of the parts: LoRA's and the adapters' parameters."""
-    lora = {f"combined.base.{n}": p for n, p in model.base.named_parameters() if ".lora_" in n}
+    lora = {f"combined.base.{name}": p for name, p in lora_parameters(model).items()}
     return {**lora, **{f"combined.{name}": tensor for name, tensor in model.parts.state_dict().items()}}
 
 
@@ -160,6 +205,11 @@ def restore(model: PrefixModel, combined: dict[str, Any], saved: dict[str, Tenso
     """
     if model.combined:
         raise InputError("this base has LoRA or adapters already; load the directory on a base of its own.")
+    if model.forms:
+        raise InputError(
+            "the directory brings LoRA or adapters, and the prefixes that are here were trained without them; load it "
+            "on a base of its own."
+        )
     if "lora" in combined:
         add_lora(model, **combined["lora"])
     if "adapters" in combined:
@@ -170,7 +220,7 @@ def restore(model: PrefixModel, combined: dict[str, Any], saved: dict[str, Tenso
         raise InputError("the saved combination is damaged: its tensors have not the shapes that its header says.")
     for name, tensor in own.items():
         tensor.copy_(found[name])
-    for parameter in [*model.parts.parameters(), *(p for n, p in model.base.named_parameters() if ".lora_" in n)]:
+    for parameter in [*model.parts.parameters(), *lora_parameters(model).values()]:
         parameter.requires_grad_(trainable)
 
 

@@ -28,8 +28,12 @@ class TrainConfig:
         `prefix`'s own (Vu et al. 2022, arXiv:2110.07904: prompts transferred between tasks).
     keep: what the drift from the base on the base's own texts (`foreword.drift`) weighs beside the task's loss.
     prefix: what the prefix is made of. Without an instruction or another start, the instruction is the task's.
+    lora, adapters: the rank of LoRA and the size of parallel adapters (`foreword.combine`) that are trained with the
+        prefix, none at 0; gated: each of them, and the prefix, under a gate from the input.
+    prompt_tokens: trainable input embeddings (`foreword.prompt_tuning`) behind the prefix.
     learning_rate: by default that of the form (`LEARNING_RATES`) times the task's `rate`.
     head_learning_rate: of a trained head, by default the task's own.
+    parts_learning_rate: of LoRA and adapters, by default `foreword.combine.LEARNING_RATE`.
     max_length: tokens of template and text together.
     chat: the base's chat template stands around the prompt (`generate`).
     max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).
@@ -54,6 +58,10 @@ class TrainConfig:
     test_rows: int | None = None
     start_from: str | None = None
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    lora: int = 0
+    adapters: int = 0
+    prompt_tokens: int = 0
+    gated: bool = False
     head: Literal["auto", "words", "linear"] = "auto"
     template: str | None = None
     label_words: tuple[str, ...] | None = None
@@ -67,6 +75,7 @@ class TrainConfig:
     batch_size: int = 16
     learning_rate: float | None = None
     head_learning_rate: float | None = None
+    parts_learning_rate: float | None = None
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     schedule: str = "constant_with_warmup"
@@ -100,17 +109,28 @@ class TrainConfig:
                 raise InputError(f"the task {self.task} has no setting {name}; leave it out.")
         return {name: getattr(self, name) for name in TASK_OPTIONS if name in known}
 
+    @property
+    def changes_base(self) -> bool:
+        """Whether something is put on the base, which every prefix of it would read."""
+        return bool(self.lora or self.adapters)
+
     def check(self) -> None:
         """Raise InputError for numbers that cannot be meant."""
         for name in ("epochs", "batch_size", "gradient_accumulation", "max_length", "max_new_tokens", "beams"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name} must be above 0, not {getattr(self, name)}.")
-        for name in ("max_steps", "train_rows", "validation_rows", "test_rows", "save_steps", "learning_rate"):
+        rates = ("learning_rate", "head_learning_rate", "parts_learning_rate")
+        for name in ("max_steps", "train_rows", "validation_rows", "test_rows", "save_steps", *rates):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be above 0, not {value}.")
-        if self.keep < 0:
-            raise InputError(f"keep must be 0 or more, not {self.keep:g}.")
+        for name in ("keep", "lora", "adapters", "prompt_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be 0 or more, not {getattr(self, name):g}.")
+        if self.gated and not self.changes_base:
+            raise InputError("gated is of LoRA and adapters; give lora or adapters, or dynamic='gates' for a prefix.")
+        if self.shard and self.changes_base:
+            raise InputError("LoRA and adapters cannot be trained on a sharded base; leave out --shard, or them.")
         if self.start_from is not None and self.prefix != PrefixConfig():
             raise InputError(
                 f"{self.start_from} brings its own form, length and start; leave out what else is said of the prefix."

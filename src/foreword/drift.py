@@ -4,9 +4,9 @@ The text is the base's own, sampled from it without a prefix. Drift is the mean 
 
     KL(base || prefix) = Σ_v p(v) (log p(v) - log q(v))
 
-in nats, p the base's prediction of the next token and q that of the base behind the prefix: nought where nothing is
-forgotten. As a term of the loss it is learning without forgetting (Li & Hoiem 2017, arXiv:1606.09282, equation 2) on
-samples instead of the new task's inputs.
+in nats, p the base's prediction of the next token and q that of the base behind the prefix, with its LoRA and adapters
+where it has any: nought where nothing is forgotten. As a term of the loss it is learning without forgetting (Li & Hoiem
+2017, arXiv:1606.09282, equation 2) on samples instead of the new task's inputs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .combine import apart
 from .errors import InputError
 from .model import ACTIVE, PrefixModel
 
@@ -38,7 +39,7 @@ def own_texts(model: PrefixModel, seed: int, rows: int = TEXTS, tokens: int = TO
         raise InputError("drift is measured on text that the base writes; leave it out for one that is no decoder.")
     ids = torch.full((rows, 1), start, device=model.device)
     count = tokens - 1
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), apart(model):
         torch.manual_seed(seed)
         return model.generate(
             input_ids=ids,
@@ -55,8 +56,8 @@ def own_texts(model: PrefixModel, seed: int, rows: int = TEXTS, tokens: int = TO
 
 
 def drift(model: PrefixModel, texts: Tensor, prefix: Any = ACTIVE) -> Tensor:
-    """The mean divergence over the texts' tokens, in nats; a gradient reaches the prefix alone."""
-    with torch.no_grad():
+    """The mean divergence over the texts' tokens, in nats; a gradient reaches what is trained alone."""
+    with torch.no_grad(), apart(model):
         before = model(input_ids=texts, prefix=None).logits.float().log_softmax(-1)
     after = model(input_ids=texts, prefix=prefix).logits.float().log_softmax(-1)
     return torch.nn.functional.kl_div(after, before, reduction="none", log_target=True).sum(-1).mean()

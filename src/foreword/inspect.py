@@ -30,6 +30,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "share_of_base": prefix["parameters"] / base["parameters"],
         "numbers_stored": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": files.size(directory),
+        "combined": header.get("combined"),
         "task": header.get("task"),
         "test": training.get("test"),
         "zero_shot": training.get("zero_shot"),

@@ -56,7 +56,17 @@ from .trainer import PrefixTrainer
 
 # Settings of the run, which its tasks cannot differ in.
 OF_THE_RUN = (
-    *("model", "epochs", "max_steps", "batch_size", "warmup_ratio", "weight_decay", "schedule", "average", "save_steps"),
+    *(
+        "model",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "warmup_ratio",
+        "weight_decay",
+        "schedule",
+        "average",
+        "save_steps",
+    ),
     *("gradient_accumulation", "gradient_checkpointing", "dtype", "quantise", "report_to", "seed"),
 )
 SHARED = "shared"
@@ -103,6 +113,8 @@ class JointConfig:
                 raise InputError(f"the tasks differ in {', '.join(differing)}; give one for the whole run.")
             if task.patience is not None or task.shard or task.keep:
                 raise InputError("patience, shard and keep are of a single task's run; leave them out.")
+            if task.changes_base or task.prompt_tokens:
+                raise InputError("LoRA, adapters and prompt tokens are of a single task's run; leave them out.")
         for name, ratio in self.ratios.items():
             if name not in self.tasks:
                 raise InputError(f"there is a ratio for {name!r}, which is no task of this run; name one of its tasks.")
@@ -309,13 +321,14 @@ def make_trainer(
         if task.head is not None:
             rates[head] = head_learning_rate(config.tasks[name], task)
         if config.shared is not None and i == 0:  # a parameter of several modules is named in the first
-            rates[f"{form}shared."] = learning_rate(replace(run, prefix=config.shared, learning_rate=None))
-        rates[form] = learning_rate(config.tasks[name])
+            shared = replace(run, prefix=config.shared, learning_rate=None)
+            rates[f"{form}shared."] = learning_rate(shared, joint.model)
+        rates[form] = learning_rate(config.tasks[name], joint.model)
         owners |= {head: i, form: i}
     batches = len(together.sampler(run.batch_size, run.seed)) // run.batch_size
     trainer = JointTrainer(
         joint,
-        run_arguments(run, batches, config.output / "training"),
+        run_arguments(run, joint.model, batches, config.output / "training"),
         average=run.average,
         learning_rates=rates,
         owners=owners,

@@ -6,6 +6,7 @@ prefix's: a form. Behind a prefix the embeddings read it, and the text reads bot
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from .errors import InputError
 from .forms import Form, PrefixConfig, start_ids
 from .kv import KVPrefix, SiteKV
 from .model import PrefixModel
+from .tasks.output import nothing_read, output_layer
 
 
 class Embeddings(Form):
@@ -45,7 +47,9 @@ class Embeddings(Form):
         def listener(module: nn.Module, key: Tensor, value: Tensor, arguments: dict[str, Any]) -> None:
             found[names[id(module)]] = SiteKV(key, value)
 
-        with model.routed(before, self._config), listening(listener):
+        has_output = model.base.get_output_embeddings() is not None
+        unread = output_layer(model.base, nothing_read) if has_output else nullcontext()
+        with model.routed(before, self._config), listening(listener), unread:
             model.base(inputs_embeds=self.embeddings(), use_cache=False)
         if before is None:
             return KVPrefix(found)

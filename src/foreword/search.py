@@ -72,6 +72,8 @@ class SearchConfig:
         unknown = [name for name in self.over if name not in SEARCHED]
         if unknown:
             raise InputError(f"{', '.join(unknown)} cannot be searched; choose among {', '.join(SEARCHED)}.")
+        if self.train.prompt_tokens and "layers" in self.over:
+            raise InputError("prompt tokens stand behind a prefix in every layer; search over the other settings.")
 
 
 @dataclass(frozen=True)

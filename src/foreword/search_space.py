@@ -38,10 +38,10 @@ class Space:
     def __init__(self, train: TrainConfig, over: tuple[str, ...], model: PrefixModel) -> None:
         if "layers" in over and train.prefix.layers is not None:
             raise InputError("the prefix's layers are given; leave them out, or do not search over them.")
-        self.train = train
+        self.train, self._model = train, model
         self._layers = max(Counter(site.kind for site in model.sites).values())
-        length = model.form(NAME).length
-        rate = learning_rate(train) / default_learning_rate(train)
+        length = model.form(NAME).length - train.prompt_tokens
+        rate = learning_rate(train, model) / default_learning_rate(train, model)
         every: dict[str, tuple[Any, BaseDistribution]] = {
             "form": (train.prefix.form, CategoricalDistribution(FORMS)),
             "length": (length, _lengths(length, train.max_length, model.text_limit())),
@@ -63,12 +63,12 @@ class Space:
         config = replace(self.train, prefix=replace(self.train.prefix, **own))
         if "learning_rate" not in params:
             return config
-        return replace(config, learning_rate=params["learning_rate"] * default_learning_rate(config))
+        return replace(config, learning_rate=params["learning_rate"] * default_learning_rate(config, self._model))
 
     def shown(self, params: dict[str, Any]) -> dict[str, Any]:
         """Every setting that could be searched, as people read it: the learning rate itself."""
         config = self.settings(params)
-        return {**self._fixed, **params, "learning_rate": learning_rate(config)}
+        return {**self._fixed, **params, "learning_rate": learning_rate(config, self._model)}
 
 
 def _lengths(default: int, max_length: int, text_limit: int | None) -> IntDistribution:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
-from . import files, processes
+from . import combine, files, processes
 from .bases import load_base
 from .config import TrainConfig, check_output, claim, unfinished_config, write_json
 from .data import Data, load_data
@@ -27,6 +27,7 @@ from .drift import keeping, measured_drift, own_texts
 from .forms import PrefixConfig
 from .model import PrefixModel
 from .progress import validations
+from .prompt_tuning import add_prompt
 from .report import mistakes, write_report
 from .schemas import Row
 from .splits import some_rows
@@ -37,6 +38,7 @@ from .trainer import PrefixTrainer, Rows, last_checkpoint, training_arguments
 __all__ = ["TrainConfig", "TrainResult", "build", "train", "unfinished_config"]
 
 LEARNING_RATES = {"direct": 2e-2, "projected": 1e-2, "mlp": 3e-4}
+RATES_OF_KINDS = {"decoder": 1.0, "encoder": 3.0, "encoder-decoder": 3.0}  # what a form's rate is multiplied by
 NAME = "prefix"
 SPLITS = ("train", "validation", "test")
 SECONDS_BETWEEN_LINES = 10.0
@@ -119,7 +121,8 @@ def conclude(
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
         "parameters": task.model.count(),
-        "learning_rate": learning_rate(config),
+        "combined_parameters": combine.count(task.model),
+        "learning_rate": learning_rate(config, task.model),
         "rows": {name: len(getattr(data, name)) for name in SPLITS},
         "losses": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": {
@@ -139,10 +142,10 @@ def conclude(
 
 def build(config: TrainConfig, data: Data, model: PrefixModel | None = None, name: str = NAME) -> PrefixTask:
     """The task that `config` trains, at its start, its prefix by this name; on `model`, the base of an earlier run,
-    where it is given."""
+    where it is given and nothing was put on it."""
     cls = task_class(config.task)
     options = config.task_options(cls.options)
-    if model is None:
+    if model is None or model.combined:
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         shards = processes.count() if config.shard else 1
         model = PrefixModel(*load_base(config.model, dtype, quantise=config.quantise, shards=shards))
@@ -153,6 +156,12 @@ def build(config: TrainConfig, data: Data, model: PrefixModel | None = None, nam
         model.load(config.start_from, name, trainable=True)
     else:
         model.add(name, _with_start(config, data, model), seed=config.seed)
+    if config.prompt_tokens:
+        add_prompt(model, name, config.prompt_tokens)
+    if config.lora:
+        combine.add_lora(model, r=config.lora, lora_alpha=2 * config.lora, gated=config.gated)
+    if config.adapters:
+        combine.add_adapters(model, size=config.adapters, gated=config.gated)
     return cls.for_data(model, data, **options)
 
 
@@ -165,6 +174,8 @@ def _with_start(config: TrainConfig, data: Data, model: PrefixModel) -> PrefixCo
         prefix = replace(prefix, frozen_layers=cls.frozen_layers)
     if cls.reads_tokens and model.kind == "encoder-decoder" and prefix.sites is None:
         prefix = replace(prefix, sites=("encoder",))  # its decoder is not run
+    if config.gated and prefix.dynamic is None:
+        prefix = replace(prefix, dynamic="gates")
     return prefix
 
 
@@ -173,13 +184,13 @@ def make_trainer(
 ) -> PrefixTrainer:
     """The trainer of a run; `logs` is TensorBoard's folder, in the output by default, `settings` PrefixTrainer's."""
     batches = -(-len(rows) // config.batch_size)
-    args = run_arguments(config, batches, config.output / "training")
+    args = run_arguments(config, task.model, batches, config.output / "training")
     trainer = PrefixTrainer(
         task,
         args,
         patience=config.patience,
         average=config.average,
-        learning_rates={"head": head_learning_rate(config, task)} if task.head is not None else None,
+        learning_rates=learning_rates(config, task),
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=task.collate,
@@ -190,7 +201,7 @@ def make_trainer(
     return trainer
 
 
-def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingArguments:
+def run_arguments(config: TrainConfig, model: PrefixModel, batches: int, running: Path) -> TrainingArguments:
     """Of a run whose epoch has so many batches and whose checkpoints go to `running`."""
     steps = -(-batches // config.gradient_accumulation)
     every = config.save_steps or max(1, min(steps, config.max_steps or steps) // 4)
@@ -199,7 +210,7 @@ def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingA
         epochs=config.epochs,
         max_steps=config.max_steps,
         batch_size=config.batch_size,
-        learning_rate=learning_rate(config),
+        learning_rate=learning_rate(config, model),
         warmup_ratio=config.warmup_ratio,
         weight_decay=config.weight_decay,
         max_grad_norm=1.0,
@@ -215,15 +226,28 @@ def run_arguments(config: TrainConfig, batches: int, running: Path) -> TrainingA
     )
 
 
-def learning_rate(config: TrainConfig) -> float:
-    """As given, or by default that of the form, which some tasks multiply."""
-    return config.learning_rate or default_learning_rate(config)
+def learning_rate(config: TrainConfig, model: PrefixModel) -> float:
+    """As given, or the default."""
+    return config.learning_rate or default_learning_rate(config, model)
 
 
-def default_learning_rate(config: TrainConfig) -> float:
-    """Keys and values that were saved before train on as they are."""
+def default_learning_rate(config: TrainConfig, model: PrefixModel) -> float:
+    """That of the form, which some tasks and kinds of base multiply; keys and values that were saved before train on as
+    they are."""
     form = "direct" if config.start_from else config.prefix.form
-    return LEARNING_RATES[form] * task_class(config.task).rate
+    return LEARNING_RATES[form] * task_class(config.task).rate * RATES_OF_KINDS[model.kind]
+
+
+def learning_rates(config: TrainConfig, task: PrefixTask) -> dict[str, float]:
+    """Of what has a rate of its own, by a part of its parameters' names."""
+    rates = {"head": head_learning_rate(config, task)} if task.head is not None else {}
+    trained = [name for name, p in task.named_parameters() if p.requires_grad]
+    for part in combine.PARTS:
+        if any(part in name for name in trained):
+            rates[part] = config.parts_learning_rate or combine.LEARNING_RATE
+    if config.prompt_tokens:  # like `direct`, in deviations of the start
+        rates[f".forms.{task.model.active}.change"] = LEARNING_RATES["direct"] * task.rate
+    return rates
 
 
 def head_learning_rate(config: TrainConfig, task: PrefixTask) -> float:
@@ -348,8 +372,9 @@ def describe_data(data: Data) -> str:
 
 
 def describe_prefix(model: PrefixModel, name: str) -> str:
-    count = model.count(name)
+    count, more = model.count(name), combine.count(model)
+    beside = f" With it on the base: {' and '.join(model.combined)}, {more:,} more." if more else ""
     return (
         f"Prefix: {model.form(name).length} tokens, form {model.configs[name].form}, {count:,} trained parameters "
-        f"({count / model.base_parameters:.2%} of {model.base_id}'s)."
+        f"({count / model.base_parameters:.2%} of {model.base_id}'s).{beside}"
     )

@@ -42,6 +42,16 @@ def training(
     sites: Annotated[
         str | None, typer.Option(help="Kinds of attention to enter: encoder,decoder,cross; all if not given.")
     ] = None,
+    lora: Annotated[int, typer.Option(help="LoRA of this rank on the base, trained with the prefix; none at 0.")] = 0,
+    adapters: Annotated[
+        int, typer.Option(help="Adapters of this size beside each feed-forward, trained with the prefix; none at 0.")
+    ] = 0,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="So many trained input embeddings behind the prefix; none at 0.")
+    ] = 0,
+    gated: Annotated[
+        bool, typer.Option("--gated", help="LoRA, adapters and prefix each under a gate from the input.")
+    ] = False,
     head: Annotated[
         str, typer.Option(help="words, linear, or auto: linear for decoders, else words where labels have them.")
     ] = "auto",
@@ -101,6 +111,10 @@ def training(
             dynamic=dynamic,  # type: ignore[arg-type]
             sites=tuple(sites.split(",")) if sites is not None else None,  # type: ignore[arg-type]
         ),
+        lora=lora,
+        adapters=adapters,
+        prompt_tokens=prompt_tokens,
+        gated=gated,
         head=head,  # type: ignore[arg-type]
         template=template,
         label_words=tuple(label_word) if label_word else None,

@@ -24,21 +24,31 @@ CHUNK = 2**24  # logits at a time: 64 MiB in float32
 @contextmanager
 def output_layer(base: Any, forward: Callable[[Tensor], Tensor], bias: Tensor | None = None) -> Iterator[None]:
     """While open, the base's output layer is `forward`, of hidden states `[B, n, d]`; all around it stays the base's.
+    May be opened within itself.
 
     bias: what then stands for the bias that some bases (BART) add over the whole vocabulary after the layer; by
     default none.
     """
     layer = base.get_output_embeddings()
-    final = getattr(base, "final_logits_bias", None)
+    final, before = getattr(base, "final_logits_bias", None), vars(layer).get("forward")
     layer.forward = forward
     try:
         if final is not None:
             base.final_logits_bias = final.new_zeros(1, 1) if bias is None else bias
         yield
     finally:
-        del layer.forward
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before
         if final is not None:
             base.final_logits_bias = final
+
+
+def nothing_read(hidden: Tensor) -> Tensor:
+    """In place of logits that nobody reads, something small for what comes after the layer. No view: a sharded base
+    warns of them."""
+    return hidden[:, -1:, :1].clone()
 
 
 def hidden_before_output(model: PrefixModel, inputs: dict[str, Tensor], prefix: Any) -> Tensor:
@@ -47,8 +57,7 @@ def hidden_before_output(model: PrefixModel, inputs: dict[str, Tensor], prefix: 
 
     def keep(hidden: Tensor) -> Tensor:
         found.append(hidden)
-        # Something small for what comes after the layer; nobody reads it. No view: a sharded base warns of them.
-        return hidden[:, -1:, :1].clone()
+        return nothing_read(hidden)
 
     with output_layer(model.base, keep):
         model(**inputs, prefix=prefix)

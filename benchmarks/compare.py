@@ -32,6 +32,7 @@ from ag_news import commit, hardware
 from methods import Batch, Method, classifier_on, make
 
 from foreword.averaging import WeightAverage
+from foreword.bases import default_dtype, load_base
 from foreword.schemas import Row
 
 HERE = Path(__file__).parent
@@ -96,10 +97,14 @@ def to_train_on(settings: Settings, seed: int) -> list[dict[str, str]]:
 
 
 def load(settings: Settings) -> tuple[Any, Any]:
-    from foreword.bases import load_base
-
-    base, tokenizer = load_base(settings["model"], getattr(torch, settings["dtype"]))
+    base, tokenizer = load_base(settings["model"], getattr(torch, precision(settings)))
     return base.to(settings["device"]), tokenizer
+
+
+def precision(settings: Settings) -> str:
+    """Of all methods; `auto` is foreword's own choice for this machine."""
+    given = settings["dtype"]
+    return str(default_dtype(torch.bfloat16)).removeprefix("torch.") if given == "auto" else given
 
 
 def one_step(
@@ -265,7 +270,7 @@ def accuracy(settings: Settings) -> dict[str, Any]:
         path = folder / f"{name}-{'default' if rate is None else f'{rate:g}'}-{seed}.json"
         if not path.exists():
             run = trained(name, rate, seed, base, tokenizer, settings, rows, best)
-            facts = {"commit": commit(), "hardware": hardware(), "dtype": settings["dtype"]}
+            facts = {"commit": commit(), "hardware": hardware(), "dtype": precision(settings)}
             path.write_text(json.dumps({**run, **facts}, indent=1) + "\n")
             say(f"{name} at {run['learning_rate']:g}, seed {seed}: {run['validation']} {run['test']}")
         return json.loads(path.read_text())
@@ -371,7 +376,6 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="accuracy: only these, with commas between; no result is written")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", help="accuracy alone: cuda where there is one")
-    parser.add_argument("--dtype", help="of the base; with --methods")
     parser.add_argument("--seeds", type=int, help="how many; with --methods")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -381,8 +385,7 @@ def main() -> None:
         given = {"folder": arguments.data_folder, "name": name, "device": arguments.device}
         if arguments.methods:
             if settings["kind"] == "accuracy":
-                own = {"dtype": arguments.dtype, "seeds": arguments.seeds}
-                own = {key: value for key, value in own.items() if value is not None}
+                own = {} if arguments.seeds is None else {"seeds": arguments.seeds}
                 accuracy({**asked, **given, **own, "methods": arguments.methods.split(",")})
             continue
         if path.exists() and json.loads(path.read_text())["settings"] == asked:
@@ -396,6 +399,7 @@ def main() -> None:
             "commit": at,
             "hardware": found.get("hardware") or hardware(),
             "torch": torch.__version__,
+            "dtype": precision(asked),
             "minutes": (time.monotonic() - began) / 60,
         }
         facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -227,7 +227,10 @@ def test_tasks_are_read_from_a_file_of_options(tmp_path: Path) -> None:
         ("[a]\ndata = 'x'", "takes two tasks or more, not 1"),
         ("[a]\n[b]\nbatch_size = 3", "the tasks differ in batch_size; give one for the whole run"),
         ("[a]\n[b]\nratio = 0", "the ratio of b must be above 0, not 0"),
-        ("patience = 2\n[a]\n[b]", "patience, shard and keep are of a single task's run; leave them out"),
+        (
+            "patience = 2\n[a]\n[b]",
+            "patience, shard, keep, activation_cache are of a single task's run; leave them out",
+        ),
         ("[training]\n[b]", "'training' cannot name a task"),
     ],
 )

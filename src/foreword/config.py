@@ -41,6 +41,8 @@ class TrainConfig:
     stride: tokens that two windows of a long context share (`answer`); by default half of what a window holds.
     average: the average of the parameters over the steps (`foreword.averaging`) is what is validated and saved.
     batch_size: rows of a step (times `gradient_accumulation`), of all processes together.
+    activation_cache: GiB of memory for what the layers below the first that learns make of a row, kept from one epoch
+        to the next (`foreword.lower_layers`); at 0 they are run every time.
     quantise: the base, by bitsandbytes. shard: its weights over the processes (FSDP2).
     validation_rows, test_rows: how many rows to validate and test on, all by default.
     save_steps: steps between checkpoints and validations; by default a quarter of an epoch.
@@ -85,6 +87,7 @@ class TrainConfig:
     save_steps: int | None = None
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
+    activation_cache: float = 0.0
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantise: Literal["4bit", "8bit"] | None = None
     shard: bool = False
@@ -124,7 +127,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise InputError(f"{name} must be above 0, not {value}.")
-        for name in ("keep", "lora", "adapters", "prompt_tokens"):
+        for name in ("keep", "lora", "adapters", "prompt_tokens", "activation_cache"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be 0 or more, not {getattr(self, name):g}.")
         if self.gated and not self.changes_base:

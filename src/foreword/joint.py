@@ -111,8 +111,8 @@ class JointConfig:
             differing = [setting for setting in OF_THE_RUN if getattr(task, setting) != getattr(first, setting)]
             if differing:
                 raise InputError(f"the tasks differ in {', '.join(differing)}; give one for the whole run.")
-            if task.patience is not None or task.shard or task.keep:
-                raise InputError("patience, shard and keep are of a single task's run; leave them out.")
+            if task.patience is not None or task.shard or task.keep or task.activation_cache:
+                raise InputError("patience, shard, keep, activation_cache are of a single task's run; leave them out.")
             if task.changes_base or task.prompt_tokens:
                 raise InputError("LoRA, adapters and prompt tokens are of a single task's run; leave them out.")
         for name, ratio in self.ratios.items():

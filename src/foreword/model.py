@@ -225,6 +225,10 @@ class PrefixModel(nn.Module):
         """Whether any row reads a prefix."""
         return bool(self._names(prefix)[1])
 
+    def reads_only(self, name: str, prefix: Named = ACTIVE) -> bool:
+        """Whether all rows read the prefix `name`."""
+        return set(self._names(prefix)[0]) == {name}
+
     def by_row(self, prefix: Named = ACTIVE) -> bool:
         """Whether each row names its own prefix."""
         return len(self._names(prefix)[0]) > 1

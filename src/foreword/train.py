@@ -25,6 +25,7 @@ from .config import TrainConfig, check_output, claim, unfinished_config, write_j
 from .data import Data, load_data
 from .drift import keeping, measured_drift, own_texts
 from .forms import PrefixConfig
+from .lower_layers import LowerLayers
 from .model import PrefixModel
 from .progress import validations
 from .prompt_tuning import add_prompt
@@ -85,6 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False, say: Say = lambda line: 
     trainer = make_trainer(config, task, rows, validation, term=term)
     zero_shot = zero_shot_figures(config, task, data.test, NAME, running / "zero-shot.json", say)
     trainer.train(resume_from_checkpoint=resume_point(running) if resume else None)
+    task.cache = None
     facts = {
         "zero_shot": zero_shot,
         "validation": trainer.state.best_metric,
@@ -162,7 +164,10 @@ def build(config: TrainConfig, data: Data, model: PrefixModel | None = None, nam
         combine.add_lora(model, r=config.lora, lora_alpha=2 * config.lora, gated=config.gated)
     if config.adapters:
         combine.add_adapters(model, size=config.adapters, gated=config.gated)
-    return cls.for_data(model, data, **options)
+    task = cls.for_data(model, data, **options)
+    if config.activation_cache:
+        task.cache = LowerLayers(model, name, config.activation_cache * 2**30)
+    return task
 
 
 def _with_start(config: TrainConfig, data: Data, model: PrefixModel) -> PrefixConfig:

@@ -78,6 +78,9 @@ def training(
     save_steps: Annotated[int | None, typer.Option(help="Steps between checkpoints and validations.")] = None,
     gradient_accumulation: Annotated[int, typer.Option()] = 1,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    activation_cache: Annotated[
+        float, typer.Option(help="GiB for what layers below the first that learns make of rows, for later epochs.")
+    ] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of the base: auto, float32 or bfloat16.")] = "auto",
     quantise: Annotated[str | None, typer.Option(help="The base to 4bit or 8bit, by bitsandbytes.")] = None,
     shard: Annotated[
@@ -135,6 +138,7 @@ def training(
         save_steps=save_steps,
         gradient_accumulation=gradient_accumulation,
         gradient_checkpointing=gradient_checkpointing,
+        activation_cache=activation_cache,
         dtype=dtype,  # type: ignore[arg-type]
         quantise=quantise,  # type: ignore[arg-type]
         shard=shard or processes.sharding_asked(),

@@ -161,7 +161,8 @@ class PrefixClassifier(PrefixTask):
             # Two dimensions: a frozen layer over sliced hidden states would expand its weight for every row.
             return nn.functional.linear(hidden.flatten(0, 1)[place].to(weight.dtype), weight, bias)[:, None].clone()
 
-        with output_layer(base, at_place, None if final is None else final[:, words]):
+        at_words = output_layer(base, at_place, None if final is None else final[:, words])
+        with self.lower_layers(ids, mask, starts, prefix), at_words:
             return self.model(**inputs, prefix=prefix).logits[:, 0].float()
 
     # ---- predictions

@@ -7,6 +7,7 @@ predictions beside their rows figures (`report`). Its settings and its head are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -18,6 +19,7 @@ from .. import files
 from ..bases import base_of
 from ..data import Data
 from ..errors import InputError
+from ..lower_layers import LowerLayers
 from ..model import ACTIVE, PrefixModel
 from ..packing import grouped
 from ..schemas import Row, Schema
@@ -73,6 +75,7 @@ class PrefixTask(nn.Module):
         super().__init__()
         self.model, self.settings = model, settings
         self.head: Head | None = None
+        self.cache: LowerLayers | None = None  # of a training run
         # Figures of the logits, for transformers' Trainer during validation.
         self.compute_metrics: Callable[..., dict[str, float]] | None = None
         if head_size is not None:
@@ -205,7 +208,8 @@ class PrefixTask(nn.Module):
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, prefix: Any) -> Tensor:
         """`[B, d]`: the hidden state at the last token (decoders), the first (encoders), or the decoder's start."""
         inputs, starts = self.base_inputs(input_ids, attention_mask, prefix)
-        hidden = hidden_before_output(self.model, inputs, prefix)
+        with self.lower_layers(input_ids, attention_mask, starts, prefix):
+            hidden = hidden_before_output(self.model, inputs, prefix)
         return hidden.flatten(0, 1)[starts + self.position(input_ids, attention_mask)]
 
     def every_token(self, input_ids: Tensor, attention_mask: Tensor, prefix: Any, **given: Any) -> Tensor:
@@ -216,13 +220,18 @@ class PrefixTask(nn.Module):
                 encoder: Any = self.model.base.get_encoder()
                 return encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         inputs, starts = self.base_inputs(input_ids, attention_mask, prefix)
-        hidden = hidden_before_output(self.model, {**inputs, **given}, prefix)
+        with self.lower_layers(input_ids, attention_mask, starts, prefix):
+            hidden = hidden_before_output(self.model, {**inputs, **given}, prefix)
         if "packed" not in inputs:
             return hidden
         real = attention_mask.bool()
         padded = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
         padded[real] = hidden[0, (starts[:, None] + torch.arange(real.shape[1], device=real.device))[real]]
         return padded
+
+    def lower_layers(self, ids: Tensor, mask: Tensor, starts: Tensor, prefix: Any) -> AbstractContextManager[None]:
+        """What a call of the base with these rows passes over."""
+        return nullcontext() if self.cache is None else self.cache.passed_over(ids, mask, starts, prefix)
 
     def base_inputs(self, ids: Tensor, mask: Tensor, prefix: Any) -> tuple[dict[str, Any], Tensor]:
         """The arguments of the base's forward, and `[B]`, where each row begins, counted through all rows.

@@ -130,6 +130,10 @@ def step(settings: Settings) -> dict[str, Any]:
     methods = [made(name, base, tokenizer, settings) for name in settings["methods"]]
     optimizers = [torch.optim.AdamW(m.parameters() or [torch.zeros(1, requires_grad=True)], 1e-3) for m in methods]
     seconds: dict[str, list[float]] = {m.name: [] for m in methods}
+    if settings["seen"]:  # as in a second epoch
+        for method in methods:
+            for batch in work:
+                method.loss(batch)
     for i, batch in enumerate(work):
         for method, optimizer in zip(methods, optimizers, strict=True):
             took = timed(lambda m=method, o=optimizer, b=batch: one_step(m, o, b))  # type: ignore[misc]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from foreword.forms import PrefixConfig
+from foreword.lower_layers import LowerLayers
 from foreword.model import PrefixModel
 from foreword.schemas import Row
 from foreword.tasks.classify import PrefixClassifier
@@ -29,6 +30,7 @@ from foreword.tasks.template import NAMED_LABELS, default_instruction
 from foreword.train import LEARNING_RATES
 
 Batch = dict[str, Tensor]
+CACHED = "foreword-cached"  # the default form, with what the lower layers make of rows kept
 
 
 @dataclass
@@ -85,8 +87,8 @@ def make(
     rows: Sequence[Row] = (),
     whole: bool = True,
 ) -> Method:
-    """A method on its own copy of `base`: `bare`, `foreword[-form]`, `peft-{random,zero,mlp,text,cartridge}[-head]`,
-    `lora[-head]`.
+    """A method on its own copy of `base`: `bare`, `foreword[-form]`, `foreword-cached`, `lora[-head]`,
+    `peft-{random,zero,mlp,text,cartridge}[-head]`.
 
     length: virtual tokens; None leaves it to foreword's default (the instruction's own), which the others then take.
     rows: to train on, from which a linear head takes its start.
@@ -99,6 +101,8 @@ def make(
     own = classifier_on(base, tokenizer, labels, max_length, rows, read, head, length=length, form=_form(name))
     if name.startswith("foreword"):
         rate = LEARNING_RATES[_form(name)]
+        if name == CACHED:
+            own.cache = LowerLayers(own.model, "prefix", 2**30)
         return Method(name, own, lambda batch: own(**_inputs(batch))["logits"], own.model.generate, rate, own.head)
     length = own.model.form("prefix").length
     module = base if name == "bare" else _peft(kind, base, tokenizer, labels, length)
@@ -127,7 +131,7 @@ def _inputs(batch: Batch) -> Batch:
 
 
 def _form(name: str) -> Any:
-    return name.partition("-")[2] if name.startswith("foreword-") else PrefixConfig().form
+    return name.partition("-")[2] if name.startswith("foreword-") and name != CACHED else PrefixConfig().form
 
 
 def _head_of_others(name: str, labels: list[str]) -> str:

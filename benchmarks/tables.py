@@ -80,6 +80,8 @@ def compared() -> Iterator[str]:
     yield f"| | {' | '.join(METHODS.values())} | foreword : PEFT prefix |"
     yield "|---|" + "---|" * (len(METHODS) + 1)
     for record in records("compare"):
+        if record["settings"].get("seen"):
+            continue  # foreword beside itself
         values, unit = record.get("mib"), "MiB"
         if record["settings"]["kind"] in ("generation", "mixed"):
             values, unit = record["tokens_per_second"], "tokens/s"
@@ -90,7 +92,8 @@ def compared() -> Iterator[str]:
             cells = (f"{values[method]:,.{digits}f} {unit}" if method in values else "" for method in METHODS)
             against = record.get("speed") or record["ratio"]
             times = f"{against['foreword']:.2f}" if record["settings"]["methods"][0] == "peft-text" else ""
-            yield f"| {described(record['settings'])} | {' | '.join(cells)} | {times} |"
+            precision = record.get("dtype") or record["settings"]["dtype"]
+            yield f"| {described(record['settings'])}, {precision} | {' | '.join(cells)} | {times} |"
 
 
 def budgets() -> Iterator[str]:

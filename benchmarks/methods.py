@@ -23,11 +23,11 @@ from torch.nn.functional import cross_entropy, linear
 from foreword.forms import PrefixConfig
 from foreword.lower_layers import LowerLayers
 from foreword.model import PrefixModel
+from foreword.rates import LEARNING_RATES
 from foreword.schemas import Row
 from foreword.tasks.classify import PrefixClassifier
 from foreword.tasks.output import output_layer
 from foreword.tasks.template import NAMED_LABELS, default_instruction
-from foreword.train import LEARNING_RATES
 
 Batch = dict[str, Tensor]
 CACHED = "foreword-cached"  # the default form, with what the lower layers make of rows kept

@@ -18,8 +18,9 @@ from foreword.combine import LEARNING_RATE, add_adapters, add_lora, apart, lora_
 from foreword.drift import drift
 from foreword.joint import JointConfig, train_jointly
 from foreword.model import PrefixModel
+from foreword.rates import LEARNING_RATES
 from foreword.search import SearchConfig, search
-from foreword.train import LEARNING_RATES, build, encoded, load_rows, make_trainer, train
+from foreword.train import build, encoded, load_rows, make_trainer, train
 
 FAST = {"epochs": 2, "batch_size": 8, "max_length": 40, "zero_shot": False}
 EVERY = {"lora": 2, "adapters": 4, "prompt_tokens": 3}

@@ -31,7 +31,7 @@ class TrainConfig:
     lora, adapters: the rank of LoRA and the size of parallel adapters (`foreword.combine`) that are trained with the
         prefix, none at 0; gated: each of them, and the prefix, under a gate from the input.
     prompt_tokens: trainable input embeddings (`foreword.prompt_tuning`) behind the prefix.
-    learning_rate: by default that of the form (`LEARNING_RATES`) times the task's `rate`.
+    learning_rate: by default that of the form times the task's and the base's (`foreword.rates`).
     head_learning_rate: of a trained head, by default the task's own.
     parts_learning_rate: of LoRA and adapters, by default `foreword.combine.LEARNING_RATE`.
     max_length: tokens of template and text together.

@@ -35,6 +35,7 @@ from .forms import Form, PrefixConfig, make_form
 from .kv import KVPrefix, SiteKV, joined
 from .model import NAME_PATTERN, PrefixModel
 from .progress import validations
+from .rates import head_learning_rate, learning_rate
 from .tasks.task import PrefixTask
 from .train import (
     Say,
@@ -44,8 +45,6 @@ from .train import (
     describe_data,
     describe_prefix,
     encoded_splits,
-    head_learning_rate,
-    learning_rate,
     load_rows,
     log_to,
     resume_point,
@@ -56,18 +55,8 @@ from .trainer import PrefixTrainer
 
 # Settings of the run, which its tasks cannot differ in.
 OF_THE_RUN = (
-    *(
-        "model",
-        "epochs",
-        "max_steps",
-        "batch_size",
-        "warmup_ratio",
-        "weight_decay",
-        "schedule",
-        "average",
-        "save_steps",
-    ),
-    *("gradient_accumulation", "gradient_checkpointing", "dtype", "quantise", "report_to", "seed"),
+    *("model", "epochs", "max_steps", "batch_size", "warmup_ratio", "weight_decay", "schedule", "average"),
+    *("save_steps", "gradient_accumulation", "gradient_checkpointing", "dtype", "quantise", "report_to", "seed"),
 )
 SHARED = "shared"
 

@@ -21,7 +21,8 @@ from .config import TrainConfig
 from .errors import InputError
 from .forms import FORMS
 from .model import PrefixModel
-from .train import NAME, default_learning_rate, learning_rate
+from .rates import default_learning_rate, learning_rate
+from .train import NAME
 
 SEARCHED = ("form", "length", "start", "layers", "learning_rate")
 STARTS = ("instruction", "vocabulary", "random")

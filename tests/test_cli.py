@@ -45,7 +45,7 @@ def trained(tiny_llama: Path, topics: Path, tmp_path_factory: pytest.TempPathFac
 
 
 def test_help_of_every_command_has_an_example(run) -> None:
-    for name in ("train", "tune", "eval", "predict", "generate", "inspect", "export", "import"):
+    for name in ("train", "tune", "eval", "predict", "generate", "inspect", "compose", "cut", "export", "import"):
         code, out, _ = run(name, "--help")
         assert code == 0
         assert f"foreword {name}" in out.split("Example:")[1]

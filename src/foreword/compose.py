@@ -67,11 +67,16 @@ def cut(model: PrefixModel, name: str, keep: int | Sequence[int], worths: Sequen
     if isinstance(keep, int):
         if worths is None or len(worths) != kv.length:
             raise InputError(f"to keep {keep} of {kv.length} tokens, give the worth of each (see `worth`).")
-        keep = sorted(sorted(range(kv.length), key=lambda i: -abs(worths[i]))[:keep])
+        keep = furthest(worths, keep)
     index = list(keep)
     if not index or index != sorted(set(index)) or index[0] < 0 or index[-1] >= kv.length:
         raise InputError(f"keep must name some of the tokens 0 to {kv.length - 1} in rising order, not {index}.")
     return moved_by(model, name, kv.take(index), torch.arange(len(index)) - torch.tensor(index))
+
+
+def furthest(worths: Sequence[float], count: int) -> list[int]:
+    """The `count` tokens whose worths are furthest from 0, in rising order."""
+    return sorted(sorted(range(len(worths)), key=lambda i: -abs(worths[i]))[:count])
 
 
 def worth(model: PrefixModel, name: str, loss: Callable[[], float]) -> list[float]:

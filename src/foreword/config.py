@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from . import defaults, processes
 from .arguments import check_tracker
 from .errors import InputError, RunError
+from .files import check_free
 from .forms import PrefixConfig
 
 # Settings that a task reads, and may not know.
@@ -164,8 +165,8 @@ def check_output(config: Run, resume: bool) -> None:
         _check_same(unfinished, config)
     elif unfinished is not None:
         raise InputError(f"{output} holds an unfinished run; go on with --resume, or use another output.")
-    elif output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise InputError(f"{output} exists and is not empty; use another output, or remove it.")
+    else:
+        check_free(output)
 
 
 def claim(config: Run, running: Path) -> None:

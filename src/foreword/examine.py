@@ -20,7 +20,6 @@ from .forms import make_form
 from .inspect import describe
 from .kv import KVPrefix
 from .model import PrefixModel
-from .schemas import Row
 from .shares import Batch, attention_shares
 from .sites import Site, routed, run_inputs, vocabulary_size
 from .splits import some_rows
@@ -78,7 +77,7 @@ def _with_rows(
 ) -> dict[str, Any]:
     model, name = task.model, task.model.active
     assert name is not None
-    batches = [batch for _, batch in task.batches(task.examples(_rows(task, data, rows))[0], batch_size)]
+    batches = validation_batches(task, data, rows, batch_size)
     kv = model.kv(name)
     total = 4 + kv.length + len(kv.sites)  # one for the shares, and the whole prefix is measured three times
     done = 0
@@ -108,11 +107,17 @@ def mean_loss(task: Callable[..., dict[str, Tensor]], batches: Sequence[Batch]) 
     return sum(sums) / sum(len(batch["input_ids"]) for batch in batches)
 
 
-def _rows(task: PrefixTask, data: str | None, count: int) -> list[Row]:
-    if count < 1:
-        raise InputError(f"rows must be at least 1, not {count}.")
+def validation_batches(task: PrefixTask, data: str | None, rows: int, batch_size: int) -> list[Batch]:
+    """As many validation rows, or all where there are fewer, as batches for `mean_loss`; of the data that the prefix
+    was trained on by default.
+
+    Raises InputError for rows that do not fit the task, and for less than one.
+    """
+    if rows < 1:
+        raise InputError(f"rows must be at least 1, not {rows}.")
     _, found = rows_of(task, data, "validation")
-    return some_rows(found, min(count, len(found)), 0, "validation", task.schema.stratified)
+    chosen = some_rows(found, min(rows, len(found)), 0, "validation", task.schema.stratified)
+    return [batch for _, batch in task.batches(task.examples(chosen)[0], batch_size)]
 
 
 @torch.no_grad()
@@ -120,9 +125,11 @@ def moved(model: PrefixModel, name: str) -> dict[str, dict[str, float]] | None:
     """How far keys and values are from their start, by site: the root mean square of their change, in deviations of
     the start, its frozen tokens apart (the unit that `direct` and `mlp` train in).
 
-    None where the start is not known any more: a prefix that was cut.
+    None where the start is not known any more: a prefix that was cut or composed.
     """
     kv = model.kv(name)
+    if "composed" in (model.headers.get(name, {}).get("training") or {}):
+        return None
     start = make_form(model.configs[name], model.base, model.sites, model.tokenizer)()
     if start.length != kv.length or start.sites.keys() != kv.sites.keys():
         return None

@@ -108,6 +108,13 @@ def _replace(beside: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def check_free(output: str | Path) -> None:
+    """Raise InputError where `output` is a file, or a folder with something in it."""
+    place = Path(output)
+    if place.exists() and any(place.iterdir() if place.is_dir() else [place]):
+        raise InputError(f"{output} exists and is not empty; use another output, or remove it.")
+
+
 def read_header(directory: str | Path) -> dict[str, Any]:
     """`prefix.json` of a saved prefix. Raises InputError where it is missing, damaged or of another version."""
     path = Path(directory) / HEADER

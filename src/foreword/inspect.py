@@ -31,6 +31,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
         "numbers_stored": sum(tensor.numel() for tensor in tensors.values()),
         "bytes": files.size(directory),
         "combined": header.get("combined"),
+        "composed": training.get("composed"),
         "task": header.get("task"),
         "test": training.get("test"),
         "zero_shot": training.get("zero_shot"),

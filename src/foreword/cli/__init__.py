@@ -9,8 +9,8 @@ import typer
 
 from .. import processes
 from ..errors import ForewordError
+from . import compose, cut, export, generate, import_, inspect, joint, predict, serve, train, tune
 from . import eval as eval_command
-from . import export, generate, import_, inspect, joint, predict, serve, train, tune
 
 app = typer.Typer(
     name="foreword",
@@ -28,6 +28,8 @@ app.command("eval")(eval_command.command)
 app.command("predict")(predict.command)
 app.command("generate")(generate.command)
 app.command("inspect")(inspect.command)
+app.command("compose")(compose.command)
+app.command("cut")(cut.command)
 app.command("serve")(serve.command)
 app.command("export")(export.command)
 app.command("import")(import_.command)

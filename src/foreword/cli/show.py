@@ -166,6 +166,20 @@ def cut(number: int, rows: int, max_length: int) -> None:
         news(f"{number} of {rows} texts were cut to fit {max_length} tokens.")
 
 
+def shortened(found: dict[str, Any]) -> None:
+    """A row per token: its worth, and whether it was kept."""
+    console, table = Console(), Table()
+    for column in ("token", "worth", "kept"):
+        table.add_column(column, justify="left" if column == "kept" else "right")
+    for i, worth in enumerate(found["worth"]):
+        table.add_row(str(i), f"{worth:+.4f}", "yes" if i in found["kept"] else "")
+    console.print(table)
+    console.print(
+        f"Loss {found['loss']:.4f} of the whole, {found['loss_cut']:.4f} of {len(found['kept'])} of its "
+        f"{len(found['worth'])} tokens."
+    )
+
+
 def evaluated(report: dict[str, Any]) -> None:
     console = Console()
     title = f"{report['rows']} rows of {report['data']}"

@@ -98,8 +98,8 @@ def compared() -> Iterator[str]:
 
 def budgets() -> Iterator[str]:
     """Accuracy after a budget of steps: each method at its best learning rate, over seeds."""
-    yield "| budget | method | learning rate | validation | test accuracy (mean) | each seed | numbers trained |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| budget | method | rate | validation | test accuracy (mean) | each seed | half-way | numbers trained |"
+    yield "|---|---|---|---|---|---|---|---|"
     for record in records("compare"):
         if record["settings"]["kind"] != "accuracy":
             continue
@@ -111,6 +111,8 @@ def budgets() -> Iterator[str]:
             chosen = [run for run in runs if run["learning_rate"] == best["learning_rate"]]
             found = [run["test"][str(record["settings"]["steps"])] for run in chosen]
             each = ", ".join(f"{value:.3f}" for value in found)
+            half = [run["test"][str(of["steps"] // 2)] for run in chosen if str(of["steps"] // 2) in run["test"]]
+            each += f" | {mean(half):.3f}" if half else " |"
             facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
             yield f"| {budget} | {name} | {facts} | {best['parameters']:,} |"
 

@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as foreword's command line has it: less memory for every method
+
 import torch
 from ag_news import commit, hardware
 from methods import Batch, Method, classifier_on, make

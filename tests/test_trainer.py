@@ -397,10 +397,11 @@ def test_the_average_of_the_parameters_is_validated_and_ends_in_the_model(tmp_pa
     torch.testing.assert_close(trainable(trainer.model), averaged(recorded.steps[:8]), rtol=1e-5, atol=1e-6)
     after = trainer.evaluate()["eval_loss"]  # of what is in the model now
     assert after == pytest.approx(trainer.state.best_metric, rel=1e-6)
-    recorded.steps.clear()
-    trainer = toy_trainer(tmp_path / "last", max_steps=9, eval_steps=None, **run)
-    trainer.train()
-    torch.testing.assert_close(trainable(trainer.model), averaged(recorded.steps), rtol=1e-5, atol=1e-6)
+    for name, never in (("off", None), ("beyond the end", 100)):
+        recorded.steps.clear()
+        trainer = toy_trainer(tmp_path / name, max_steps=9, eval_steps=never, **run)
+        trainer.train()
+        torch.testing.assert_close(trainable(trainer.model), averaged(recorded.steps), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("stop", [3, 4])

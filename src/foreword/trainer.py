@@ -108,7 +108,7 @@ class PrefixTrainer(Trainer):
         try:
             with self._interrupt:
                 output = super().train(resume)
-            if self._average is not None and not self.args.load_best_model_at_end:
+            if self._average is not None and self.state.best_model_checkpoint is None:  # nothing was validated
                 self._average.put()
             if processes.anywhere(self._interrupt.asked):  # too late to stop the training, in time to stop what follows
                 raise KeyboardInterrupt

@@ -14,20 +14,6 @@ from transformers import CLIPConfig, GPTJConfig, GPTJForCausalLM
 from foreword import cli, files
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """`run("eval", folder)` gives (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
-
-
 def train_arguments(model: Path, data: Path, output: Path) -> list[object]:
     where = ["train", "--model", model, "--data", data, "--output", output]
     return [*where, "--epochs", 6, "--batch-size", 8, "--max-length", 48, "--learning-rate", 0.3]

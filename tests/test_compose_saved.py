@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 
 import foreword
-from foreword import InputError, PrefixConfig, PrefixModel, TrainConfig, cli, files, load_base
+from foreword import InputError, PrefixConfig, PrefixModel, TrainConfig, files, load_base
 from foreword.compose import concatenate, interpolate
 from foreword.compose import cut as cut_kv
 from foreword.compose_saved import compose, cut
@@ -20,20 +19,6 @@ from foreword.examine import examine, mean_loss, validation_batches
 from foreword.report import write_report
 from foreword.tasks import load_task
 from foreword.train import train
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

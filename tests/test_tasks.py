@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, save_tiny
+from conftest import ROWS, Run, save_tiny
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BartConfig, BertConfig, T5Config
 
-from foreword import InputError, PrefixConfig, PrefixModel, TrainConfig, cli, load, load_base
+from foreword import InputError, PrefixConfig, PrefixModel, TrainConfig, load, load_base
 from foreword.data import Data, load_classification, load_data
 from foreword.evaluate import evaluate
 from foreword.schemas import Row
@@ -374,16 +373,7 @@ FOUND = {"generate": "completion", "regress": "score", "label": "tags", "answer"
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_train_eval_predict_of_every_task(
-    bases: dict[str, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(end.value.code or 0), out, err
-
+def test_train_eval_predict_of_every_task(bases: dict[str, Path], tmp_path: Path, name: str, run: Run) -> None:
     for split in ("train", "validation", "test"):
         write(tmp_path / "d", TABLES[name], f"{split}.jsonl")
     where = ["--model", bases["llama"], "--data", tmp_path / "d", "--output", tmp_path / "p", "--task", name]

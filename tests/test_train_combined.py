@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conformance.families import fresh, text
-from conftest import interrupted_at_step
+from conftest import Run, interrupted_at_step
 from safetensors.torch import load_file
 
-from foreword import InputError, PrefixConfig, RunError, TrainConfig, cli, files, load
+from foreword import InputError, PrefixConfig, RunError, TrainConfig, files, load
 from foreword.combine import LEARNING_RATE, add_adapters, add_lora, apart, lora_layers, merge_lora
 from foreword.drift import drift
 from foreword.joint import JointConfig, train_jointly
@@ -121,15 +120,7 @@ def test_a_search_tries_every_trial_on_a_base_without_the_last_ones_lora(
         search(SearchConfig(given, ("layers",), trials=2))
 
 
-def test_the_command_takes_them(
-    tiny_llama: Path, topics: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["foreword", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
+def test_the_command_takes_them(run: Run, tiny_llama: Path, topics: Path, tmp_path: Path) -> None:
     where = ["train", "--model", tiny_llama, "--data", topics, "--max-steps", 3, "--max-length", 40, "--no-zero-shot"]
     parts = ["--lora", 2, "--adapters", 4, "--prompt-tokens", 2]
     code, out, err = run(*where, "--output", tmp_path / "p", *parts, "--json")

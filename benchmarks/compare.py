@@ -323,11 +323,12 @@ def trained(
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm)
     # foreword's default is a constant rate and averaged weights; the others' rate decays to nought.
     average = WeightAverage(method.module) if name.startswith("foreword") else None
-    rest = max(1, len(work) - warm)
-    down: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rest)
-    if average is not None:
-        down = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, down], [warm])
+    then: Any = (
+        torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        if average is not None
+        else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))
+    )
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, then], [warm])
     losses, test = [], {}
     for i, batch in enumerate(work, 1):
         losses.append(one_step(method, optimizer, batch, average))
@@ -372,6 +373,20 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def measured(asked: Settings, given: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an experiment finds, and where it was found; `given` is what does not make its result stale."""
+    began, at = time.monotonic(), commit()
+    found = KINDS[asked["kind"]]({**asked, **given})
+    return found, {
+        "commit": at,
+        "hardware": found.get("hardware") or hardware(),
+        "torch": torch.__version__,
+        "dtype": precision(asked),
+        "minutes": (time.monotonic() - began) / 60,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
 KINDS = {f.__name__: f for f in (step, memory, generation, mixed, accuracy)}
 
 
@@ -398,17 +413,8 @@ def main() -> None:
             say(f"{name}: done before with the same settings")
             continue
         say(f"{name}:")
-        began, at = time.monotonic(), commit()
-        found = KINDS[settings["kind"]]({**asked, **given})
+        found, facts = measured(asked, given)
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {
-            "commit": at,
-            "hardware": found.get("hardware") or hardware(),
-            "torch": torch.__version__,
-            "dtype": precision(asked),
-            "minutes": (time.monotonic() - began) / 60,
-        }
-        facts["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         path.write_text(json.dumps({"settings": asked, **found, **facts}, indent=1) + "\n")
         print(json.dumps({"experiment": name, **{k: v for k, v in found.items() if k not in ("seconds", "runs")}}))
 

@@ -18,7 +18,6 @@ from typing import Any
 import compare
 import matplotlib
 import torch
-from ag_news import commit, hardware
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -79,11 +78,9 @@ def main() -> None:
     for sweep, path, settings in points(arguments.only):
         if path.exists():
             continue
-        at, asked = commit(), {**settings, "threads": arguments.threads}
-        given = {"folder": arguments.data_folder, "name": path.stem, "device": "cpu"}
-        found = compare.KINDS[settings["kind"]]({**asked, **given})
+        asked = {**settings, "threads": arguments.threads}
+        found, facts = compare.measured(asked, {"folder": arguments.data_folder, "name": path.stem, "device": "cpu"})
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"commit": at, "hardware": hardware(), "torch": torch.__version__, "dtype": compare.precision(asked)}
         path.write_text(json.dumps({"sweep": sweep, "settings": asked, **found, **facts}, indent=1) + "\n")
         compare.say(f"{path.stem}: {found['ratio']['foreword']:.2f}")
     if arguments.picture:

@@ -2,7 +2,7 @@
 
 One epoch over the same 4,000 pairs in the same order, by foreword's trainer for all; then beam search over the 630
 tables of the test set, and the figures of `e2e_metrics.py`. foreword runs with its defaults; PEFT's methods at each of
-three learning rates, of which the one counts that has the lowest loss on 200 validation tables. One JSON file per run
+three learning rates that decay to nought, of which the one counts that has the lowest loss on 200 validation tables. One JSON file per run
 under benchmarks/results/e2e; a run whose file is there is not repeated. A run of seed 0 is tested where its loss is
 below that of the rates before it. `tables.py` makes the table. With `--no-figures` the texts are kept, and their
 figures, which need Java, left to the next call without it.
@@ -38,7 +38,8 @@ from foreword.schemas import Row
 from foreword.tasks.generate import PrefixGenerator
 from foreword.tasks.output import output_layer
 from foreword.tasks.task import IGNORED
-from foreword.train import NAME, TrainConfig, build, encoded, load_rows, make_trainer, train
+from foreword.train import NAME, TrainConfig, build, encoded, load_rows, run_arguments, train
+from foreword.trainer import PrefixTrainer
 
 RESULTS = Path(__file__).parent / "results" / "e2e"
 BEAMS, NEW_TOKENS, ROWS, COMPLETED = 5, 64, 16, 64
@@ -88,11 +89,20 @@ def with_foreword(given: TrainConfig) -> Trained:
 
 
 def with_peft(method: str, given: TrainConfig) -> Trained:
+    given = replace(given, schedule="cosine", average=False)
     data = load_rows(given)
     task = build(given, data)
     adapted = Adapted(method, task)
     (rows, _), (validation, _) = encoded(task, data.train), encoded(task, data.validation)
-    trainer = make_trainer(given, adapted, rows, validation)  # type: ignore[arg-type]
+    args = run_arguments(given, task.model, -(-len(rows) // given.batch_size), given.output / "training")
+    trainer = PrefixTrainer(
+        adapted,  # type: ignore[arg-type]
+        args,
+        average=given.average,
+        train_dataset=rows,
+        eval_dataset=validation,
+        data_collator=task.collate,
+    )
     trainer.train()
     facts = {
         "validation": trainer.state.best_metric,

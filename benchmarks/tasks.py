@@ -1,7 +1,7 @@
 """Every task on every kind of base that suits it: a prefix and PEFT's LoRA after the same steps, and the bare base.
 
 Real data, settings by default but for the budget; LoRA takes foreword's tasks and trainer with r = 8 on queries and
-values (PEFT's default) at 1e-3. One JSON file per run under benchmarks/results/tasks; a run whose file is there is not
+values (PEFT's default) at 1e-3, a rate that decays to nought. One JSON file per run under benchmarks/results/tasks; a run whose file is there is not
 repeated. `tables.py` makes the table from them. `--data-folder` holds a folder for each data set.
 """
 
@@ -51,7 +51,7 @@ def with_prefix(given: TrainConfig) -> dict[str, Any]:
 
 
 def with_lora(given: TrainConfig) -> dict[str, Any]:
-    given = replace(given, learning_rate=1e-3)
+    given = replace(given, learning_rate=1e-3, schedule="cosine", average=False)
     data = load_rows(given)
     task = build(given, data)
     task.model.remove(NAME)

@@ -2,10 +2,10 @@
 
 One epoch over the same 4,000 pairs in the same order, by foreword's trainer for all; then beam search over the 630
 tables of the test set, and the figures of `e2e_metrics.py`. foreword runs with its defaults; PEFT's methods at each of
-three learning rates that decay to nought, of which the one counts that has the lowest loss on 200 validation tables. One JSON file per run
-under benchmarks/results/e2e; a run whose file is there is not repeated. A run of seed 0 is tested where its loss is
-below that of the rates before it. `tables.py` makes the table. With `--no-figures` the texts are kept, and their
-figures, which need Java, left to the next call without it.
+three learning rates that decay to nought, of which the one counts that has the lowest loss on 200 validation tables.
+One JSON file per run under benchmarks/results/e2e; a run whose file is there is not repeated. A run of seed 0 is tested
+where its loss is below that of the rates before it. `tables.py` makes the table. With `--no-figures` the texts are
+kept, and their figures, which need Java, left to the next call without it.
 
     python benchmarks/e2e.py --data-folder FOLDER [--only lora] [--threads 2]
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 64 --test-rows 8 --results /tmp/e2e    # does it run?

@@ -1,8 +1,9 @@
 """Every task on every kind of base that suits it: a prefix and PEFT's LoRA after the same steps, and the bare base.
 
 Real data, settings by default but for the budget; LoRA takes foreword's tasks and trainer with r = 8 on queries and
-values (PEFT's default) at 1e-3, a rate that decays to nought. One JSON file per run under benchmarks/results/tasks; a run whose file is there is not
-repeated. `tables.py` makes the table from them. `--data-folder` holds a folder for each data set.
+values (PEFT's default) at 1e-3, a rate that decays to nought. One JSON file per run under benchmarks/results/tasks; a
+run whose file is there is not repeated. `tables.py` makes the table from them. `--data-folder` holds a folder for each
+data set.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ def accuracy(settings: Settings) -> dict[str, Any]:
         best = max(first, key=lambda run: run["validation"])
         rate = rates[first.index(best)]
         runs += [*first, *(at(name, rate, seed, -1.0) for seed in range(1, settings["seeds"]))]
-    return {"runs": runs, "hardware": runs[0]["hardware"]}
+    return {"runs": runs, "hardware": runs[0]["hardware"], "dtype": runs[0]["dtype"]}
 
 
 def longest_first(settings: Settings, split: str) -> list[dict[str, str]]:
@@ -381,7 +381,7 @@ def measured(asked: Settings, given: Settings) -> tuple[dict[str, Any], dict[str
         "commit": at,
         "hardware": found.get("hardware") or hardware(),
         "torch": torch.__version__,
-        "dtype": precision(asked),
+        "dtype": found.get("dtype") or precision(asked),
         "minutes": (time.monotonic() - began) / 60,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig, T5Config
 
 from foreword import InputError, PrefixConfig, PrefixModel, TrainConfig, load, load_base
-from foreword.data import load_data
+from foreword.data import Data, load_data
 from foreword.evaluate import evaluate
 from foreword.schemas import Row
 from foreword.tasks.generate import GENERATE, PrefixGenerator
@@ -216,6 +216,18 @@ def test_a_run_learns_and_its_figures_are_those_of_evaluate(
     assert losses[-1] < losses[0] - 0.2
     assert set(summary["test"]) == {"bleu", "rouge1", "rouge2", "rougeL", "exact_match"} == set(summary["zero_shot"])
     assert evaluate(load(tmp_path / "p"))["metrics"] == summary["test"]
+
+
+def test_a_decoder_starts_from_the_first_rows_that_there_is_room_for() -> None:
+    def start(kind: str, *rows: Row) -> str:
+        data = Data("rows", [], list(rows), [], [], "prompt", "completion")
+        return PrefixGenerator.instruction(data, kind)
+
+    first, second, long = PAIRS[0], Row("a cat", ("an animal", "a beast")), Row("word " * 200, "it")
+    shown = f"{first.text}\n{first.label}\n\na cat\nan animal\n\n"
+    assert start("decoder", first, second) == start("decoder", first, second, long, first) == shown
+    sentence = start("encoder-decoder", first, second)
+    assert sentence == start("decoder", long, first) and first.text not in sentence
 
 
 def test_gradient_accumulation_counts_tokens(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def _with_start(config: TrainConfig, data: Data, model: PrefixModel) -> PrefixCo
     """The prefix that is asked for, with what the task adds where nothing is said."""
     cls, prefix = task_class(config.task), config.prefix
     if prefix.instruction is None and prefix.start in (None, "instruction"):
-        prefix = replace(prefix, instruction=cls.instruction(data))
+        prefix = replace(prefix, instruction=cls.instruction(data, model.kind))
     if prefix.frozen_layers is None:
         prefix = replace(prefix, frozen_layers=cls.frozen_layers)
     if cls.reads_tokens and model.kind == "encoder-decoder" and prefix.sites is None:

@@ -31,7 +31,8 @@ def training(
     ] = None,
     start: Annotated[str | None, typer.Option(help="instruction, vocabulary or random.")] = None,
     instruction: Annotated[
-        str | None, typer.Option(help="Text to start from; by default made from the label names.")
+        str | None,
+        typer.Option(help="Text to start from; by default made from the label names or, for generate, the first rows."),
     ] = None,
     start_from: Annotated[
         str | None, typer.Option(help="A saved prefix to go on from, of this task or of one like it.")

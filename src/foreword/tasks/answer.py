@@ -117,7 +117,7 @@ class PrefixAnswerer(PrefixTask):
         return made
 
     @classmethod
-    def instruction(cls, data: Data) -> str:
+    def instruction(cls, data: Data, kind: str) -> str:
         return "Read the question and find its answer in the context.\n\n"
 
     # ---- rows to windows

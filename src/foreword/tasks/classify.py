@@ -78,7 +78,7 @@ class PrefixClassifier(PrefixTask):
         return cls.for_labels(model, data.labels, rows=data.train, fields=fields, multi_label=many, **options)
 
     @classmethod
-    def instruction(cls, data: Data) -> str:
+    def instruction(cls, data: Data, kind: str) -> str:
         return default_instruction(data.labels)
 
     # ---- rows to inputs

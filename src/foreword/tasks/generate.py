@@ -106,10 +106,10 @@ class PrefixGenerator(PrefixTask):
         return cls(model, GenerateSettings(max_length, template, max_new_tokens, beams))
 
     @classmethod
-    def instruction(cls, data: Data) -> str:
-        """The first training rows, as they are read in training; a sentence where the first is too long."""
+    def instruction(cls, data: Data, kind: str) -> str:
+        """On a decoder the first training rows; else, and where the first of them is too long, a sentence."""
         shown, words = "", 0
-        for row in data.train:
+        for row in data.train if kind == "decoder" else ():
             example = f"{row.text}\n{completion(row)}\n\n"
             words += len(example.split())
             if words > SHOWN_WORDS:

@@ -121,7 +121,7 @@ class PrefixLabeller(PrefixTask):
         return made
 
     @classmethod
-    def instruction(cls, data: Data) -> str:
+    def instruction(cls, data: Data, kind: str) -> str:
         types = ", ".join(dict.fromkeys(tag[2:] for tag in data.labels if tag != "O"))
         return f"Read the text and mark every {types} in it.\n\n"
 

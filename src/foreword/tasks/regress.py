@@ -82,7 +82,7 @@ class PrefixRegressor(PrefixTask):
         return made
 
     @classmethod
-    def instruction(cls, data: Data) -> str:
+    def instruction(cls, data: Data, kind: str) -> str:
         what = "two texts and say how close they are" if len(data.fields) > 1 else "text and give it a score"
         low, high = min(row.label for row in data.train), max(row.label for row in data.train)
         return f"Read the {what}, from {low:g} to {high:g}.\n\n"

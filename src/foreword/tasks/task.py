@@ -93,8 +93,8 @@ class PrefixTask(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def instruction(cls, data: Data) -> str:
-        """The text that training starts from when the user writes none."""
+    def instruction(cls, data: Data, kind: str) -> str:
+        """The text that training starts from, on a base of this kind, when the user writes none."""
         raise NotImplementedError
 
     def examples(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], list[bool]]:

@@ -89,7 +89,7 @@ def with_foreword(given: TrainConfig) -> Trained:
 
 
 def with_peft(method: str, given: TrainConfig) -> Trained:
-    given = replace(given, schedule="cosine", average=False)
+    given = replace(given, schedule="cosine")
     data = load_rows(given)
     task = build(given, data)
     adapted = Adapted(method, task)
@@ -98,7 +98,6 @@ def with_peft(method: str, given: TrainConfig) -> Trained:
     trainer = PrefixTrainer(
         adapted,  # type: ignore[arg-type]
         args,
-        average=given.average,
         train_dataset=rows,
         eval_dataset=validation,
         data_collator=task.collate,

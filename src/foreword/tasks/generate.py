@@ -26,7 +26,7 @@ from .output import OutputLayer, hidden_before_output
 from .task import IGNORED, PrefixTask, Progress, Settings
 
 PROMPT = "{prompt}"
-SHOWN_WORDS = 120  # of the rows that training starts from; 3 of E2E, some 170 tokens
+SHOWN_WORDS = 120  # of the rows that training starts from, at most; two or three of E2E
 
 
 def read_completion(row: dict[str, Any], column: str, place: str, text: Any) -> Any:

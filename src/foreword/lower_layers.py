@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .dynamic import Dynamic
 from .errors import InputError
 from .model import PrefixModel
+from .sites import block_of
 
 
 class LowerLayers:
@@ -104,16 +105,9 @@ def _lower_blocks(model: PrefixModel, name: str) -> list[nn.Module]:
         raise InputError(
             "the prefix learns in the first layer, so nothing below it can be kept; leave out --activation-cache."
         )
-    blocks = [_block(model.base, site) for site in below]
+    blocks = [block for site in below if (block := block_of(model.base, site)) is not None]
+    if len(blocks) < len(below):
+        raise InputError("the layers are in no list, so activations cannot be kept; leave out --activation-cache.")
     if any(isinstance(module, nn.Dropout) and module.p for block in blocks for module in block.modules()):
         raise InputError(f"{type(model.base).__name__} has dropout, so a row's activations differ from step to step.")
     return blocks
-
-
-def _block(base: nn.Module, site: str) -> nn.Module:
-    """The layer that a site is in: the one of a list of layers."""
-    parts = site.split(".")
-    for end in range(len(parts), 0, -1):
-        if isinstance(base.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
-            return base.get_submodule(".".join(parts[:end]))
-    raise InputError(f"{site} is not in a list of layers, so activations cannot be kept; leave out --activation-cache.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from .errors import InputError
 from .folder import Folder
 from .forms import Finished, Form, PrefixConfig, chosen_sites, direct_from, frozen_layers, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
+from .last_layer import last_feed_forward, run_at
 from .prompts import Prompt, Prompted, find_prompt
 from .reading import Reader, rows_for
 from .recompute import recomputing_activations
@@ -203,11 +204,14 @@ class PrefixModel(nn.Module):
         prefix: Named = ACTIVE,
         packed: Sequence[int] | None = None,
         prompt_mask: Tensor | None = None,
+        read_at: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's forward, every site reading the prefix. Returns what the base returns.
 
         packed: the lengths of rows that lie one behind another in one sequence `[1, sum]`, so that nothing is padded.
+        read_at: `[N]`, the tokens, counted through all rows, whose hidden states behind the last layer the caller
+            reads; those of others may then be wrong.
         prompt_mask: `[B, n]`, 1 on the tokens that a dynamic prefix is made from; by default a decoder's before its
             `labels`, and otherwise all.
         """
@@ -218,8 +222,17 @@ class PrefixModel(nn.Module):
         with (
             self._reading(prefix, packed, prompt_mask=prompt_mask),
             nullcontext() if nothing_kept else recomputing_activations(self.base),
+            self._last_layer_at(read_at, prefix),
         ):
             return self.base(*args, **kwargs)
+
+    def _last_layer_at(self, read_at: Tensor | None, prefix: Named) -> AbstractContextManager[None]:
+        """What leaves out the last layer's feed-forward of tokens that are not read, where that is sure to be exact."""
+        dynamic = any(isinstance(self.form(name), Dynamic) for name in self._names(prefix)[1])
+        if read_at is None or dynamic or self.is_sharded or self.base.is_activation_checkpointing:
+            return nullcontext()
+        last = last_feed_forward(self.base, self.sites)
+        return nullcontext() if last is None else run_at(last, read_at)
 
     def reads(self, prefix: Named = ACTIVE) -> bool:
         """Whether any row reads a prefix."""

@@ -213,6 +213,15 @@ def _kind(base: PreTrainedModel, module: nn.Module, reads_source: bool) -> Kind:
     return "cross" if reads_source else "decoder"
 
 
+def block_of(base: nn.Module, site: str) -> nn.Module | None:
+    """The layer that a site is in: the one of a list of layers."""
+    parts = site.split(".")
+    for end in range(len(parts), 0, -1):
+        if isinstance(base.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
+            return base.get_submodule(".".join(parts[:end]))
+    return None
+
+
 def _check_every_layer(base: PreTrainedModel, family: str, sites: list[Site]) -> None:
     layers = base.config.get_text_config().num_hidden_layers
     entered = sum(site.kind != "cross" for site in sites)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from foreword import defaults
+from foreword.bases import load_base
 from foreword.forms import start_ids
 from foreword.model import PrefixModel
 
@@ -197,6 +199,28 @@ def test_rows_with_prefixes_of_their_own_equal_each_row_alone(family: Family, si
             if family.kind != "seq2seq":  # without padding, which a bare GPT-2 gets wrong without position ids
                 one = {key: tensor[:, kept] for key, tensor in one.items()}
             assert off_by(found, real(family, one, model(**one, prefix=name).logits)) < 1e-5
+
+
+@pytest.mark.slow
+def test_eight_real_rows_over_four_prefixes_of_a_real_base_equal_each_alone() -> None:
+    """SmolLM2-135M, prefixes of 4 to 64 tokens in every form."""
+    base, tokenizer = load_base(defaults.MODEL, torch.float32)
+    model = PrefixModel(base, tokenizer)
+    lengths = {"a": 4, "b": 16, "c": 32, "d": 64}
+    for (name, length), form in zip(lengths.items(), [*FORMS, "direct"], strict=True):
+        add(model, name, form, length=length, start="random")
+    names = [*lengths, *reversed(lengths)]
+    tokenizer.padding_side = "left"
+    articles = [article for article, _ in defaults.bbc_news()[1][: len(names)]]
+    texts = [article[: 60 + 20 * i] for i, article in enumerate(articles)]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    for dtype, bound in ((torch.float32, 1e-4), (torch.float64, 1e-5)):  # Llama's norms round to float32 in both
+        model.to(dtype)
+        with torch.no_grad():
+            mixed = model(**batch, prefix=names).logits
+            for row, name in enumerate(names):
+                alone = model(**tokenizer(texts[row], return_tensors="pt"), prefix=name).logits[0]
+                assert (mixed[row, -len(alone) :] - alone).abs().max() < bound
 
 
 @every_family

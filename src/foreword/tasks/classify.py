@@ -163,7 +163,7 @@ class PrefixClassifier(PrefixTask):
 
         at_words = output_layer(base, at_place, None if final is None else final[:, words])
         with self.lower_layers(ids, mask, starts, prefix), at_words:
-            return self.model(**inputs, prefix=prefix).logits[:, 0].float()
+            return self.model(**inputs, prefix=prefix, read_at=place).logits[:, 0].float()
 
     # ---- predictions
 

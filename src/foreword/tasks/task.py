@@ -208,9 +208,10 @@ class PrefixTask(nn.Module):
     def pooled(self, input_ids: Tensor, attention_mask: Tensor, prefix: Any) -> Tensor:
         """`[B, d]`: the hidden state at the last token (decoders), the first (encoders), or the decoder's start."""
         inputs, starts = self.base_inputs(input_ids, attention_mask, prefix)
+        place = starts + self.position(input_ids, attention_mask)
         with self.lower_layers(input_ids, attention_mask, starts, prefix):
-            hidden = hidden_before_output(self.model, inputs, prefix)
-        return hidden.flatten(0, 1)[starts + self.position(input_ids, attention_mask)]
+            hidden = hidden_before_output(self.model, {**inputs, "read_at": place}, prefix)
+        return hidden.flatten(0, 1)[place]
 
     def every_token(self, input_ids: Tensor, attention_mask: Tensor, prefix: Any, **given: Any) -> Tensor:
         """`[B, n, d]`: the hidden state of every token; an encoder-decoder's are its encoder's. `given` goes to the

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from torch import Tensor
 
-PADDED = 0.9  # of a group's longest row, that its others are long at least
+PADDED, PADDING = 0.9, 2  # of a group's longest row, that its others are long at least, and short of it at most
 
 
 def grouped(lengths: Sequence[int], exact: bool = False) -> tuple[list[int], list[int]]:
@@ -18,7 +18,7 @@ def grouped(lengths: Sequence[int], exact: bool = False) -> tuple[list[int], lis
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     given: list[int] = []
     for i in order:
-        alike = given and lengths[i] >= PADDED * given[-1] and not exact
+        alike = given and lengths[i] >= max(PADDED * given[-1], given[-1] - PADDING) and not exact
         given.append(given[-1] if alike else lengths[i])
     return order, given
 

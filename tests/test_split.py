@@ -195,9 +195,10 @@ def test_split_refuses_what_its_kernels_cannot_do() -> None:
 
 
 def test_rows_alike_in_length_are_grouped() -> None:
-    lengths = [50, 100, 95, 9, 47, 10, 100]
+    lengths = [50, 100, 98, 9, 48, 10, 100]
     order, given = grouped(lengths)
-    assert [lengths[i] for i in order] == [100, 100, 95, 50, 47, 10, 9] and given == [100, 100, 100, 50, 50, 10, 10]
+    assert [lengths[i] for i in order] == [100, 100, 98, 50, 48, 10, 9] and given == [100, 100, 100, 50, 50, 10, 10]
+    assert grouped([100, 97, 10, 8])[1] == [100, 97, 10, 8], "too much padding, in tokens and as a share"
     assert grouped(lengths, exact=True)[1] == sorted(lengths, reverse=True)
     assert grouped([]) == ([], [])
     runs = Packing(tuple(given)).runs

@@ -5,6 +5,7 @@ benchmarks/results/compare and is made again only when the settings have changed
 
     step        seconds per training step, methods alternating A B A B in one process; medians and ratios
     memory      peak resident memory of training steps above the loaded base, each method in a process of its own
+    size        MiB of a saved run, all of its files
     generation  tokens per second of greedy decoding behind a shared prefix, methods alternating
     mixed       the same with rows over several prefixes in one batch, against PEFT switching adapters
     accuracy    test accuracy after a budget of steps, over methods, learning rates and seeds
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean, median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as foreword's command line has it: less memory for every method
@@ -183,6 +185,18 @@ def status(key: str) -> int:
     """KiB that the kernel reports of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+
+def size(settings: Settings) -> dict[str, Any]:
+    base, tokenizer = load(settings)
+    found = {}
+    for name in settings["methods"]:
+        module: Any = made(name, base, tokenizer, settings).module
+        with TemporaryDirectory() as folder:
+            module.save_pretrained(folder)
+            found[name] = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
+    first = found[settings["methods"][0]]
+    return {"mib": found, "ratio": {name: value / first for name, value in found.items()}}
 
 
 def prompts(tokenizer: Any, settings: Settings) -> Batch:
@@ -387,7 +401,7 @@ def measured(asked: Settings, given: Settings) -> tuple[dict[str, Any], dict[str
     }
 
 
-KINDS = {f.__name__: f for f in (step, memory, generation, mixed, accuracy)}
+KINDS = {f.__name__: f for f in (step, memory, size, generation, mixed, accuracy)}
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ def classifier_on(
     rows: to train on, from which a linear head takes its start, the prefix being read or not.
     """
     model = PrefixModel(base, tokenizer)
-    settings = {"instruction": default_instruction(labels), **prefix}
+    settings = {"instruction": default_instruction(labels, rows), **prefix}
     model.add("prefix", PrefixConfig(**settings))
     model.activate("prefix" if read else None)
     return PrefixClassifier.for_labels(model, labels, max_length=max_length, rows=rows, head=head)

@@ -88,7 +88,7 @@ def compared() -> Iterator[str]:
         elif record["settings"]["kind"] == "step":
             values, unit = record["median"], "s"
         if values:
-            digits = 2 if unit == "s" else 0
+            digits = 2 if unit == "s" or record["settings"]["kind"] == "size" else 0
             cells = (f"{values[method]:,.{digits}f} {unit}" if method in values else "" for method in METHODS)
             against = record.get("speed") or record["ratio"]
             times = f"{against['foreword']:.2f}" if record["settings"]["methods"][0] == "peft-text" else ""
@@ -123,6 +123,8 @@ def described(settings: Record) -> str:
     text = f"{rows} rows of {long} tokens" if long else f"{rows} rows of news, at most {settings['max_length']} tokens"
     behind = f"{settings['length']} virtual tokens, {text}"
     kind = settings["kind"]
+    if kind == "size":
+        return f"saved files, {settings['length']} virtual tokens"
     if kind == "mixed":
         return f"decoding, rows over {settings['prefixes']} prefixes of {behind}"
     return f"{ {'step': 'training step', 'memory': 'memory of training', 'generation': 'decoding'}[kind] }, {behind}"

@@ -224,6 +224,15 @@ def test_an_encoder_s_label_words_need_a_mask(bases: dict[str, Path]) -> None:
 
 
 def test_the_instruction_names_the_labels_unless_they_are_many() -> None:
-    assert default_instruction(["a", "b"]) == "Read the text and say which category it belongs to: a, b.\n\n"
-    many = default_instruction([f"label {i}" for i in range(77)])
-    assert many == "Read the text and say which of 77 categories it belongs to.\n\n"
+    rows = [Row("word " * 40, "label_1"), Row("{where} is my card?", "label_2"), Row("a " * 9, ("label_3", "label_4"))]
+    assert default_instruction(["a", "b"], rows) == "Read the text and say which category it belongs to: a, b.\n\n"
+    labels = [f"label_{i}" for i in range(77)]
+    many = "Read the text and say which of 77 categories it belongs to.\n\n"
+    assert default_instruction(labels) == default_instruction(labels, rows[:1]) == many
+    assert default_instruction(labels, rows, "encoder") == many
+    shown = "Text: {where} is my card?\nCategory: label 2\n\nText: " + "a " * 9 + "\nCategory: label 3, label 4\n\n"
+    assert default_instruction(labels, rows) == shown
+    pairs = [Row(("a", "b"), "same")]
+    assert default_instruction(labels, pairs, fields=("premise", "other_side")) == (
+        "Premise: a\nOther side: b\nCategory: same\n\n"
+    )

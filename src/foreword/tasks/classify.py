@@ -79,7 +79,7 @@ class PrefixClassifier(PrefixTask):
 
     @classmethod
     def instruction(cls, data: Data, kind: str) -> str:
-        return default_instruction(data.labels)
+        return default_instruction(data.labels, data.train, kind, data.fields)
 
     # ---- rows to inputs
 

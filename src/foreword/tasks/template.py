@@ -10,10 +10,13 @@ import numpy as np
 
 from ..errors import InputError
 from ..model import PrefixModel
+from ..schemas import Row
 from .encoding import MASK, check_template
 from .task import Settings
 
 NAMED_LABELS = 20  # beyond so many an instruction does not name them, and words that tell them apart say little of them
+
+SHOWN_WORDS = 30  # of the rows that training starts from where labels are many; two of Banking77
 
 
 @dataclass(frozen=True)
@@ -42,22 +45,36 @@ class ClassifySettings(Settings):
         return self.head == "linear" or self.label_words is None
 
 
-def default_instruction(labels: Sequence[str]) -> str:
+def default_instruction(
+    labels: Sequence[str], rows: Sequence[Row] = (), kind: str = "decoder", fields: Sequence[str] = ("text",)
+) -> str:
     """The instruction that training starts from when the user writes none: it names the labels, unless they are so many
-    that their names would make the prefix long and every step slow."""
-    if len(labels) > NAMED_LABELS:
-        return f"Read the text and say which of {len(labels)} categories it belongs to.\n\n"
-    return f"Read the text and say which category it belongs to: {', '.join(labels)}.\n\n"
+    that their names would make the prefix long and every step slow. Then it shows a decoder the first rows that are
+    short, and says how many labels there are to others, and where there are no such rows."""
+    if len(labels) <= NAMED_LABELS:
+        return f"Read the text and say which category it belongs to: {', '.join(labels)}.\n\n"
+    shown = ""
+    for row in rows if kind == "decoder" else ():
+        label = row.label if isinstance(row.label, str) else ", ".join(row.label)
+        texts = (row.text,) if isinstance(row.text, str) else row.text
+        example = f"{_asked(fields, texts)} {label.replace('_', ' ')}\n\n"
+        if len((shown + example).split()) <= SHOWN_WORDS:
+            shown += example
+    return shown or f"Read the text and say which of {len(labels)} categories it belongs to.\n\n"
 
 
 def default_template(kind: str, words: bool, fields: Sequence[str] = ("text",), separator: str | None = None) -> str:
     """Texts one below the other, and what the label follows; an encoder's `separator` stands between its texts."""
     if kind == "decoder":
-        named = "".join(f"{_title(field)}: {{{field}}}\n" for field in fields)
-        return f"{named}Category:"
+        return _asked(fields, [f"{{{field}}}" for field in fields])
     between = f" {separator} " if kind == "encoder" and separator else "\n"
     texts = between.join(f"{{{field}}}" for field in fields)
     return f"{texts} Category: {MASK}." if kind == "encoder" and words else texts
+
+
+def _asked(fields: Sequence[str], texts: Sequence[str]) -> str:
+    """What a decoder reads of a row, up to where the label follows."""
+    return "".join(f"{_title(f)}: {text}\n" for f, text in zip(fields, texts, strict=True)) + "Category:"
 
 
 def _title(field: str) -> str:

@@ -168,6 +168,18 @@ def test_a_single_query_as_while_decoding(
     assert made.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [*BOUNDS, torch.float64], ids=["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_a_single_query_of_a_single_row(kv_heads: int, dtype: torch.dtype) -> None:
+    given = [x[:1] for x in tensors(kv_heads, queries=1, dtype=dtype)]
+    with torch.no_grad():
+        made = split_attention(*given)  # type: ignore[misc]
+    exact = [x.double() for x in given]
+    expected, _ = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])))
+    assert made.dtype == dtype and made.shape == expected.shape
+    assert (made.double() - expected).norm() <= BOUNDS.get(dtype, 1e-12) * expected.norm()
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
 @pytest.mark.parametrize("block", [1, 4, 7])

@@ -171,6 +171,14 @@ def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | 
     return out.view(rows, heads, 1, -1)
 
 
+def _one_row(tensors: Sequence[Tensor], scale: float) -> Tensor:
+    """The output `[1, H, 1, d_v]` of one row's one query that sees every key: there, one call over keys and values that
+    are put together for it takes half the time of `_one_query`."""
+    query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
+    joined = torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2)
+    return _flash(query, *joined, 0.0, False, attn_mask=None, scale=scale)[0]
+
+
 class _SplitAttention(torch.autograd.Function):
     """Masks are additive and get no gradient."""
 
@@ -267,5 +275,7 @@ def split_attention(
         return _SplitAttention.apply(*tensors, *settings)
     short = prefix_keys.shape[0] > 1 or prefix_keys.shape[2] <= SHORT
     if packing is None and query.shape[2] == 1 and not causal and short:
-        return _one_query(tensors, masks[0], settings[1], scale).to(query.dtype)
+        one_row = len(query) == 1 and masks[0] is None and hidden is None
+        out = _one_row(tensors, scale) if one_row else _one_query(tensors, masks[0], settings[1], scale)
+        return out.to(query.dtype)
     return _merged(tensors, *settings)[0].to(query.dtype)

@@ -98,8 +98,8 @@ def compared() -> Iterator[str]:
 
 def budgets() -> Iterator[str]:
     """Accuracy after a budget of steps: each method at its best learning rate, over seeds."""
-    yield "| budget | method | rate | validation | test accuracy (mean) | each seed | half-way | numbers trained |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| budget | method | rate | validation | test accuracy (mean) | each seed | half-way | numbers trained | on |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for record in records("compare"):
         if record["settings"]["kind"] != "accuracy":
             continue
@@ -114,7 +114,8 @@ def budgets() -> Iterator[str]:
             half = [run["test"][str(of["steps"] // 2)] for run in chosen if str(of["steps"] // 2) in run["test"]]
             each += f" | {mean(half):.3f}" if half else " |"
             facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
-            yield f"| {budget} | {name} | {facts} | {best['parameters']:,} |"
+            on = best["hardware"].get("gpu") or "CPU, float32"
+            yield f"| {budget} | {name} | {facts} | {best['parameters']:,} | {on.removeprefix('NVIDIA ')} |"
 
 
 def described(settings: Record) -> str:

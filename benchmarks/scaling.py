@@ -48,14 +48,15 @@ def points(only: str) -> Iterator[tuple[str, Path, compare.Settings]]:
 
 
 def draw(target: str) -> None:
-    """PEFT's time or memory over foreword's, sweep by sweep."""
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    for axis, (sweep, (kind, over, values, _)) in zip(axes.flat, SWEEPS.items(), strict=True):
-        found = {}
-        for value in values:
-            path = RESULTS / f"{sweep.replace(' ', '-')}-{value}.json"
-            if path.exists():
-                found[value] = 1 / json.loads(path.read_text())["ratio"]["foreword"]
+    """PEFT's time or memory over foreword's, for every sweep that has two points or more."""
+    ratios: dict[str, dict[int, float]] = {sweep: {} for sweep in SWEEPS}
+    for sweep, path, settings in points(""):
+        if path.exists():
+            ratios[sweep][settings[SWEEPS[sweep][1]]] = 1 / json.loads(path.read_text())["ratio"]["foreword"]
+    drawn = [sweep for sweep, found in ratios.items() if len(found) > 1]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(3.7 * len(drawn), 3), layout="constrained", squeeze=False)
+    for axis, sweep in zip(axes.flat, drawn, strict=True):
+        (kind, over, _, _), found = SWEEPS[sweep], ratios[sweep]
         axis.axhline(1, color="#c9b79c", linewidth=1)
         axis.plot(list(found), list(found.values()), marker="o", color="#2f6f8f")
         axis.set_xscale("log", base=2)

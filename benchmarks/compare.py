@@ -164,7 +164,12 @@ def memory(settings: Settings) -> dict[str, Any]:
         with context.Pool(1) as pool:
             found[name] = pool.apply(peak, (name, settings))
         say(f"{name}: {found[name]:.0f} MiB")
-    first = found[settings["methods"][0]]
+    return in_mib(found)
+
+
+def in_mib(found: dict[str, float]) -> dict[str, Any]:
+    """What each method takes, and over what the first one does."""
+    first = next(iter(found.values()))
     return {"mib": found, "ratio": {name: value / first for name, value in found.items()}}
 
 
@@ -195,8 +200,7 @@ def size(settings: Settings) -> dict[str, Any]:
         with TemporaryDirectory() as folder:
             module.save_pretrained(folder)
             found[name] = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 2**20
-    first = found[settings["methods"][0]]
-    return {"mib": found, "ratio": {name: value / first for name, value in found.items()}}
+    return in_mib(found)
 
 
 def prompts(tokenizer: Any, settings: Settings) -> Batch:

@@ -68,7 +68,8 @@ def classifier_on(
 ) -> PrefixClassifier:
     """foreword's classifier with the settings that a user gets who sets none (but for `prefix`).
 
-    rows: to train on, from which a linear head takes its start, the prefix being read or not.
+    rows: to train on, from which the prefix, where labels are many, and a linear head take their start; the head also
+        where the prefix is not read.
     """
     model = PrefixModel(base, tokenizer)
     settings = {"instruction": default_instruction(labels, rows), **prefix}

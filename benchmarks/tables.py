@@ -114,7 +114,7 @@ def budgets() -> Iterator[str]:
             half = [run["test"][str(of["steps"] // 2)] for run in chosen if str(of["steps"] // 2) in run["test"]]
             each += f" | {mean(half):.3f}" if half else " |"
             facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
-            on = best["hardware"].get("gpu") or "CPU, float32"
+            on = best["hardware"].get("gpu") or f"CPU, {best['dtype']}"
             yield f"| {budget} | {name} | {facts} | {best['parameters']:,} | {on.removeprefix('NVIDIA ')} |"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .recompute import ACTIVATIONS
-from .sites import Site, block_of
+from .sites import Site, layer_of
 
 PLAIN = (nn.Linear, Conv1D, nn.Identity, *ACTIVATIONS)
 
@@ -23,10 +23,10 @@ def last_feed_forward(base: nn.Module, sites: list[Site]) -> nn.Module | None:
     dropout, or what LoRA and adapters have put there."""
     if any(site.kind != "decoder" for site in sites):
         return None
-    attention, block, found = base.get_submodule(sites[-1].name), block_of(base, sites[-1].name), []
-    if block is None or not any(isinstance(m, nn.ModuleList) and m[-1:] and m[-1] is block for m in base.modules()):
+    attention, at, found = base.get_submodule(sites[-1].name), layer_of(base, sites[-1].name), []
+    if at is None or at[1] < len(at[0]) - 1:
         return None  # something may come behind it
-    for child in block.children():
+    for child in at[0][-1].children():
         leaves = [module for module in child.modules() if next(module.children(), None) is None]
         if attention in child.modules() or not any(isinstance(leaf, nn.Linear | Conv1D) for leaf in leaves):
             continue

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .dynamic import Dynamic
 from .errors import InputError
 from .model import PrefixModel
-from .sites import block_of
+from .sites import layer_of
 
 
 class LowerLayers:
@@ -105,9 +105,15 @@ def _lower_blocks(model: PrefixModel, name: str) -> list[nn.Module]:
         raise InputError(
             "the prefix learns in the first layer, so nothing below it can be kept; leave out --activation-cache."
         )
-    blocks = [block for site in below if (block := block_of(model.base, site)) is not None]
-    if len(blocks) < len(below):
-        raise InputError("the layers are in no list, so activations cannot be kept; leave out --activation-cache.")
+    blocks = []
+    for name_below in below:
+        found = layer_of(model.base, name_below)
+        if found is None:
+            raise InputError(
+                f"{name_below} is in no list of layers, so nothing can be kept; leave out --activation-cache."
+            )
+        layers, place = found
+        blocks.append(layers[place])
     if any(isinstance(module, nn.Dropout) and module.p for block in blocks for module in block.modules()):
         raise InputError(f"{type(model.base).__name__} has dropout, so a row's activations differ from step to step.")
     return blocks

@@ -228,8 +228,9 @@ class PrefixModel(nn.Module):
 
     def _last_layer_at(self, read_at: Tensor | None, prefix: Named) -> AbstractContextManager[None]:
         """What leaves out the last layer's feed-forward of tokens that are not read, where that is sure to be exact."""
-        dynamic = any(isinstance(self.form(name), Dynamic) for name in self._names(prefix)[1])
-        if read_at is None or dynamic or self.is_sharded or self.base.is_activation_checkpointing:
+        if read_at is None or self.is_sharded or self.base.is_activation_checkpointing:
+            return nullcontext()
+        if any(isinstance(self.form(name), Dynamic) for name in self._names(prefix)[1]):
             return nullcontext()
         last = last_feed_forward(self.base, self.sites)
         return nullcontext() if last is None else run_at(last, read_at)

@@ -213,12 +213,13 @@ def _kind(base: PreTrainedModel, module: nn.Module, reads_source: bool) -> Kind:
     return "cross" if reads_source else "decoder"
 
 
-def block_of(base: nn.Module, site: str) -> nn.Module | None:
-    """The layer that a site is in: the one of a list of layers."""
+def layer_of(base: nn.Module, site: str) -> tuple[nn.ModuleList, int] | None:
+    """The list of layers that a site is in, and the place of its layer there."""
     parts = site.split(".")
     for end in range(len(parts), 0, -1):
-        if isinstance(base.get_submodule(".".join(parts[: end - 1])), nn.ModuleList):
-            return base.get_submodule(".".join(parts[:end]))
+        layers = base.get_submodule(".".join(parts[: end - 1]))
+        if isinstance(layers, nn.ModuleList):
+            return layers, int(parts[end - 1])
     return None
 
 

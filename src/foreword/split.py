@@ -175,8 +175,8 @@ def _one_row(tensors: Sequence[Tensor], scale: float) -> Tensor:
     """The output `[1, H, 1, d_v]` of one row's one query that sees every key: there, one call over keys and values that
     are put together for it takes half the time of `_one_query`."""
     query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
-    joined = torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2)
-    return _flash(query, *joined, 0.0, False, attn_mask=None, scale=scale)[0]
+    joined = _Part(torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2))
+    return _attend_part(query, joined, scale)[0]
 
 
 class _SplitAttention(torch.autograd.Function):

@@ -15,7 +15,6 @@ from .encoding import MASK, check_template
 from .task import Settings
 
 NAMED_LABELS = 20  # beyond so many an instruction does not name them, and words that tell them apart say little of them
-
 SHOWN_WORDS = 30  # of the rows that training starts from where labels are many; two of Banking77
 
 

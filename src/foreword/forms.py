@@ -39,7 +39,7 @@ class PrefixConfig:
     instruction: the text whose keys and values are where training starts.
     frozen_tokens: how many first tokens stay as they start (the attention sink); not in `projected`.
     frozen_layers: how many first layers' keys and values stay as they start; no gradient is computed below the first
-        that is trained. By default two fifths of a decoder's where they start from an instruction, else none.
+        that is trained. By default half of a decoder's where they start from an instruction, else none.
     mlp_size: width of the hidden layer of `mlp`.
     layers: which of the base's layers the prefix enters; all by default.
     sites: which kinds of sites it enters, of `encoder`, `decoder` and `cross`; all by default.
@@ -297,7 +297,7 @@ def frozen_layers(config: PrefixConfig, sites: list[Site]) -> int:
     if config.frozen_layers is not None:
         return config.frozen_layers
     decoder = all(site.kind == "decoder" for site in sites)
-    return 2 * len(sites) // 5 if decoder and config.chosen_start == "instruction" else 0
+    return len(sites) // 2 if decoder and config.chosen_start == "instruction" else 0
 
 
 def _layer_numbers(sites: list[Site]) -> dict[str, int]:

@@ -15,7 +15,8 @@ from .encoding import MASK, check_template
 from .task import Settings
 
 NAMED_LABELS = 20  # beyond so many an instruction does not name them, and words that tell them apart say little of them
-SHOWN_WORDS = 30  # of the rows that training starts from where labels are many; two of Banking77
+# Where labels are many, training starts from the shortest of some rows, if they have no more words than this together.
+LOOKED_AT, SHOWN_ROWS, SHOWN_WORDS = 64, 2, 30
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,16 @@ def default_instruction(
     labels: Sequence[str], rows: Sequence[Row] = (), kind: str = "decoder", fields: Sequence[str] = ("text",)
 ) -> str:
     """The instruction that training starts from when the user writes none: it names the labels, unless they are so many
-    that their names would make the prefix long and every step slow. Then it shows a decoder the first rows that are
-    short, and says how many labels there are to others, and where there are no such rows."""
+    that their names would make the prefix long and every step slow. Then it shows a decoder the two shortest of the
+    first 64 rows, and says how many labels there are to others, and where those rows are long."""
     if len(labels) <= NAMED_LABELS:
         return f"Read the text and say which category it belongs to: {', '.join(labels)}.\n\n"
-    shown = ""
-    for row in rows if kind == "decoder" else ():
-        label = row.label if isinstance(row.label, str) else ", ".join(row.label)
-        texts = (row.text,) if isinstance(row.text, str) else row.text
-        example = f"{_asked(fields, texts)} {label.replace('_', ' ')}\n\n"
-        if len((shown + example).split()) <= SHOWN_WORDS:
-            shown += example
-    return shown or f"Read the text and say which of {len(labels)} categories it belongs to.\n\n"
+    if kind == "decoder" and rows:
+        examples = sorted((_example(fields, row) for row in rows[:LOOKED_AT]), key=_words_of)
+        shown = "".join(examples[:SHOWN_ROWS])
+        if _words_of(shown) <= SHOWN_WORDS:
+            return shown
+    return f"Read the text and say which of {len(labels)} categories it belongs to.\n\n"
 
 
 def default_template(kind: str, words: bool, fields: Sequence[str] = ("text",), separator: str | None = None) -> str:
@@ -74,6 +73,17 @@ def default_template(kind: str, words: bool, fields: Sequence[str] = ("text",), 
 def _asked(fields: Sequence[str], texts: Sequence[str]) -> str:
     """What a decoder reads of a row, up to where the label follows."""
     return "".join(f"{_title(f)}: {text}\n" for f, text in zip(fields, texts, strict=True)) + "Category:"
+
+
+def _example(fields: Sequence[str], row: Row) -> str:
+    """A row with its label, as a decoder reads it."""
+    label = row.label if isinstance(row.label, str) else ", ".join(row.label)
+    texts = (row.text,) if isinstance(row.text, str) else row.text
+    return f"{_asked(fields, texts)} {label.replace('_', ' ')}\n\n"
+
+
+def _words_of(text: str) -> int:
+    return len(text.split())
 
 
 def _title(field: str) -> str:

@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 
 RESULTS = Path(__file__).parent / "results" / "scaling"
 OVER = {"row_tokens": "tokens of a row", "length": "virtual tokens", "batch_size": "rows"}
+COLUMNS = 3  # of the picture
 TOKENS = 2048  # of a batch whose rows grow longer
 BESIDE = {"methods": ["peft-text", "foreword"], "rounds": 2}
 SWEEPS: dict[str, tuple[str, str, list[int], dict[str, Any]]] = {
@@ -54,8 +55,11 @@ def draw(target: str) -> None:
         if path.exists():
             ratios[sweep][settings[SWEEPS[sweep][1]]] = 1 / json.loads(path.read_text())["ratio"]["foreword"]
     drawn = [sweep for sweep, found in ratios.items() if len(found) > 1]
-    figure, axes = plt.subplots(1, len(drawn), figsize=(3.7 * len(drawn), 3), layout="constrained", squeeze=False)
-    for axis, sweep in zip(axes.flat, drawn, strict=True):
+    lines = -(-len(drawn) // COLUMNS)
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=(3.7 * COLUMNS, 3 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_axis_off()
+    for axis, sweep in zip(axes.flat, drawn, strict=False):
         (kind, over, _, _), found = SWEEPS[sweep], ratios[sweep]
         axis.axhline(1, color="#c9b79c", linewidth=1)
         axis.plot(list(found), list(found.values()), marker="o", color="#2f6f8f")

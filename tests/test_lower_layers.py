@@ -55,7 +55,7 @@ def test_known_rows_pass_over_the_lower_layers(deep: Path, topics: Path, tmp_pat
     (rows, _), (validation, _) = encoded(task, data.train), encoded(task, data.validation)
     make_trainer(given, task, rows, validation).train()
     assert task.cache is not None and 0 < len(task.cache) <= len(data.train) + len(data.validation)
-    lower = 2 * LAYERS // 5
+    lower = LAYERS // 2
     assert ran[0] == ran[lower - 1] < ran[lower] == ran[LAYERS - 1]
     batches = {name: -(-len(split) // 8) for name, split in (("train", data.train), ("validation", data.validation))}
     assert ran[0] == batches["train"] + batches["validation"]  # once each

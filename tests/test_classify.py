@@ -231,7 +231,8 @@ def test_the_instruction_names_the_labels_unless_they_are_many() -> None:
     assert default_instruction(labels) == default_instruction(labels, rows[:1]) == many
     assert default_instruction(labels, rows, "encoder") == many
     shown = "Text: {where} is my card?\nCategory: label 2\n\nText: " + "a " * 9 + "\nCategory: label 3, label 4\n\n"
-    assert default_instruction(labels, [rows[0], rows[2], rows[1]]) == shown
+    assert default_instruction(labels, rows) == default_instruction(labels, [rows[0], rows[2], rows[1]]) == shown
+    assert default_instruction(labels, [rows[0]] * 64 + rows[1:]) == many  # no more rows are looked at
     assert default_instruction(labels, [Row("a " * 12, "label_5"), *rows]) == shown
     pairs = [Row(("a", "b"), "same")]
     assert default_instruction(labels, pairs, fields=("premise", "other_side")) == (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_attention import PREFIX, ROWS, draw, masks, tensors
+from test_attention import LENGTH, PREFIX, ROWS, draw, masks, tensors
 from torch import Tensor
 
 from foreword.attention import ReadPrefix, packed_reference, reference_attention
@@ -46,6 +46,21 @@ def test_split_equals_reference_forward_and_backward(
     made = split_attention(*narrow, mask, causal=causal)  # type: ignore[misc]
     expected = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])), wide, causal=causal)[0]
     compare((made, narrow), (expected, exact), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-row"])
+@pytest.mark.parametrize("queries", [1, LENGTH], ids=["one query", "all"])
+@pytest.mark.parametrize("strided", range(5), ids=["query", "key", "value", "prefix keys", "prefix values"])
+def test_numbers_may_lie_in_any_order_in_memory(strided: int, queries: int, shared: bool) -> None:
+    """The kernel takes neighbours in memory for one vector and says nothing where they are not."""
+    given = tensors(2, shared=shared, queries=queries, dtype=torch.float32)
+    given[strided] = given[strided].transpose(1, 3).contiguous().transpose(1, 3)
+    lying, exact = leaves_of(given, torch.float32), leaves_of(given, torch.float64)
+    assert lying[strided].stride(-1) > 1
+    expected = reference_attention(*exact[:3], ReadPrefix(SiteKV(*exact[3:])))[0]
+    compare((split_attention(*lying), lying), (expected, exact), 1e-5)  # type: ignore[misc]
+    with torch.no_grad():
+        assert torch.allclose(split_attention(*lying).double(), expected, atol=1e-5)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "masked"])

@@ -110,7 +110,8 @@ def _attend_part(query: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tens
     if part.keys.shape[2] == 0:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
     else:
-        out, lse = _flash(q, part.keys, part.values, 0.0, part.causal, attn_mask=part.mask, scale=scale)
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, part.keys, part.values))  # unchecked there
+        out, lse = _flash(q, k, v, 0.0, part.causal, attn_mask=part.mask, scale=scale)
     if part.mask is not None:  # the kernel reports 0, not -inf, for a query that may see nothing
         lse = lse.masked_fill((part.mask == -torch.inf).all(-1), -torch.inf)
     return part.back(out, query), part.back(lse, query)

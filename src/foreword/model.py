@@ -21,6 +21,7 @@ from .attention import Kernel
 from .bases import base_of, keep_unpacked, quantisation
 from .dynamic import Dynamic, make_dynamic, pool
 from .errors import InputError
+from .few_rows import few_row_products
 from .folder import Folder
 from .forms import Finished, Form, PrefixConfig, chosen_sites, direct_from, frozen_layers, make_form
 from .kv import KVPrefix, SiteKV, mix_rows
@@ -291,7 +292,7 @@ class PrefixModel(nn.Module):
         the prompt, once."""
         settings = kwargs.get("generation_config") or self.generation_config
         whole = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is None
-        with self._reading(prefix, once=True, whole=whole):
+        with self._reading(prefix, once=True, whole=whole), self._few_row_products():
             return cast(Any, self.base).generate(*args, **kwargs)
 
     @contextmanager
@@ -300,8 +301,11 @@ class PrefixModel(nn.Module):
 
         packed: as `forward` takes it; each call must then hold just these rows.
         """
-        with self._reading(prefix, packed):
+        with self._reading(prefix, packed), self._few_row_products():
             yield
+
+    def _few_row_products(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.is_sharded else few_row_products(self.base)
 
     @contextmanager
     def _reading(

@@ -29,6 +29,7 @@ from .last_layer import last_feed_forward, run_at
 from .prompts import Prompt, Prompted, find_prompt
 from .reading import Reader, rows_for
 from .recompute import recomputing_activations
+from .roomy_cache import roomy_cache
 from .sites import evaluating, find_sites, first_output, moves_positions, probe_inputs, routed
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -292,6 +293,8 @@ class PrefixModel(nn.Module):
         the prompt, once."""
         settings = kwargs.get("generation_config") or self.generation_config
         whole = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is None
+        if self._takes_cache(settings, kwargs):
+            kwargs["past_key_values"] = roomy_cache(self.config.get_text_config(decoder=True))
         with self._reading(prefix, once=True, whole=whole), self._few_row_products():
             return cast(Any, self.base).generate(*args, **kwargs)
 
@@ -303,6 +306,13 @@ class PrefixModel(nn.Module):
         """
         with self._reading(prefix, packed), self._few_row_products():
             yield
+
+    def _takes_cache(self, settings: Any, given: dict[str, Any]) -> bool:
+        """Whether a generation on the CPU would make itself a plain cache."""
+        use, kind = (given.get(key, getattr(settings, key, None)) for key in ("use_cache", "cache_implementation"))
+        plain = use is not False and kind is None and given.get("past_key_values") is None
+        base: Any = self.base
+        return plain and self.kind == "decoder" and self.device.type == "cpu" and base._supports_default_dynamic_cache()
 
     def _few_row_products(self) -> AbstractContextManager[None]:
         return nullcontext() if self.is_sharded else few_row_products(self.base)

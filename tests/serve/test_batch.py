@@ -9,7 +9,8 @@ import torch
 from conformance.families import DECODERS, VOCABULARY, Family, add, wrapped
 
 from foreword.model import PrefixModel
-from foreword.serve.batch import ROOM, Batch, Row
+from foreword.roomy_cache import ROOM
+from foreword.serve.batch import Batch, Row
 
 NAMES = ("long", "short", None)
 

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from ..model import PrefixModel
-
-ROOM = 64  # columns kept free ahead of the rows, so that a step copies no earlier keys
+from ..roomy_cache import RoomyLayer, roomy_cache
 
 
 @dataclass(eq=False)
@@ -41,7 +40,7 @@ class Batch:
         self._model = model
         self._takes = set(inspect.signature(model.base.forward).parameters)
         self._reading = ExitStack()
-        self._cache = _new_cache()
+        self._cache = roomy_cache()
         self._mask = torch.ones(0, 0, dtype=torch.long)  # [B, L]
         self.rows: list[Row] = []
 
@@ -57,7 +56,7 @@ class Batch:
             cache, mask, logits = self._run_prompts(joining)
             parts.append((cache, mask, list(range(len(joining)))))
         self.rows = [*staying, *joining]
-        self._cache, self._mask = _gathered(parts) if parts else (_new_cache(), self._mask[:0])
+        self._cache, self._mask = _gathered(parts) if parts else (roomy_cache(), self._mask[:0])
         if self.rows:
             self._reading.enter_context(self._model.reading(_names(self.rows)))
         return logits
@@ -73,7 +72,7 @@ class Batch:
     def clear(self) -> None:
         """Let every row go, whatever state an error left behind."""
         self._reading.close()
-        self.rows, self._cache, self._mask = [], _new_cache(), self._mask[:0]
+        self.rows, self._cache, self._mask = [], roomy_cache(), self._mask[:0]
 
     def _run_prompts(self, rows: Sequence[Row]) -> tuple[DynamicCache, Tensor, Tensor]:
         longest = max(len(row.prompt) for row in rows)
@@ -81,7 +80,7 @@ class Batch:
         ids = torch.tensor([[0] * (longest - len(row.prompt)) + row.prompt for row in rows], device=device)
         real = [[0] * (longest - len(row.prompt)) + [1] * len(row.prompt) for row in rows]
         mask = torch.tensor(real, device=device)
-        cache = _new_cache()
+        cache = roomy_cache()
         with self._model.reading(_names(rows)):
             logits = self._logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
         return cache, mask, logits
@@ -101,54 +100,15 @@ def _names(rows: Sequence[Row]) -> str | list[str | None] | None:
     return names[0] if len(set(names)) == 1 else names
 
 
-class _Layer(DynamicLayer):
-    """A DynamicLayer that writes into room kept ahead, where its parent copies every key and value at every token."""
-
-    _room: tuple[Tensor, Tensor]
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        used, new = self.get_seq_length(), key_states.shape[2]
-        if not self.is_initialized:
-            self.hold([key_states[:, :, :0]], [value_states[:, :, :0]], 0, new)
-        elif used + new > self._room[0].shape[2]:
-            self.hold([self._room[0][:, :, :used]], [self._room[1][:, :, :used]], used, new)
-        self.keys, self.values = (room[:, :, : used + new] for room in self._room)
-        self.keys[:, :, used:], self.values[:, :, used:] = key_states, value_states
-        return self.keys, self.values
-
-    def hold(self, keys: Sequence[Tensor], values: Sequence[Tensor], used: int, new: int = 0) -> None:
-        """Hold these rows `[b, H, n, d]`, one part below the other, each ending at column `used`."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys[0], values[0])
-        self._room = _joined(keys, used, used + new + ROOM), _joined(values, used, used + new + ROOM)
-        self.keys, self.values = (room[:, :, :used] for room in self._room)
-
-
-def _joined(parts: Sequence[Tensor], end: int, size: int) -> Tensor:
-    """`[B, H, size, d]`: the parts below one another, each ending at column `end`; zeros elsewhere."""
-    first, at = parts[0], 0
-    room = first.new_zeros(sum(map(len, parts)), first.shape[1], size, first.shape[3])
-    for part in parts:
-        room[at : at + len(part), :, end - part.shape[2] : end] = part
-        at += len(part)
-    return room
-
-
-def _new_cache() -> DynamicCache:
-    cache = DynamicCache()
-    cache.layer_class_to_replicate = _Layer
-    return cache
-
-
 def _gathered(parts: Sequence[tuple[DynamicCache, Tensor, list[int]]]) -> tuple[DynamicCache, Tensor]:
     """The chosen rows of each (cache, mask, rows) in one cache and mask, without columns that no row fills."""
     masks = [mask[rows] for _, mask, rows in parts]
     leads = [int(mask.any(0).long().argmax()) for mask in masks]  # the first column that some row fills
     masks = [mask[:, lead:] for mask, lead in zip(masks, leads, strict=True)]
     longest = max(mask.shape[1] for mask in masks)
-    joined = _new_cache()
+    joined = roomy_cache()
     for layers in zip(*(cache.layers for cache, _, _ in parts), strict=True):
-        joined.layers.append(layer := _Layer())
+        joined.layers.append(layer := RoomyLayer())
         if layers[0].is_initialized:  # not where a layer reads an earlier layer's keys
             picked = [(part, rows, lead) for part, (_, _, rows), lead in zip(layers, parts, leads, strict=True)]
             keys = [part.keys[rows, :, lead:] for part, rows, lead in picked]

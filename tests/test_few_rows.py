@@ -88,8 +88,11 @@ def test_a_generation_goes_through_them_and_makes_the_same_tokens(
     layer.register_forward_hook(lambda module, args, output: taken.append(not output.is_contiguous()))
     made = model.generate(**inputs, **settings, prefix="p")
     assert all(taken) and taken
-    monkeypatch.setattr("foreword.few_rows.FASTER", frozenset())
     taken.clear()
+    model.generate(**inputs, **settings, prefix=None)
+    assert not any(taken), "without a prefix all is as the base computes it, bit for bit"
+    taken.clear()
+    monkeypatch.setattr("foreword.few_rows.FASTER", frozenset())
     own = model.generate(**inputs, **settings, prefix="p")
     assert not any(taken)
     assert torch.equal(made.sequences, own.sequences)

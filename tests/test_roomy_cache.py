@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
 from foreword import PrefixConfig, PrefixModel, load_base
@@ -58,17 +59,24 @@ def test_layers_of_other_kinds_stay_theirs(tiny_llama: Path) -> None:
     assert [type(layer) for layer in roomy_cache(config).layers] == [DynamicSlidingWindowLayer, RoomyLayer]
 
 
-def test_a_generation_takes_it_where_it_would_make_a_plain_one(tiny_llama: Path) -> None:
+def test_a_generation_takes_it_where_it_would_make_a_plain_one(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = PrefixModel(*load_base(str(tiny_llama)))
     model.add("p", PrefixConfig(length=3))
     ids = torch.randint(5, 100, (2, 4))
 
-    def cache(**given: Any) -> Any:
+    def cache(prefix: str | None = "p", **given: Any) -> Any:
         settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, **given}
-        return model.generate(input_ids=ids, prefix="p", disable_compile=True, **settings).past_key_values
+        return model.generate(input_ids=ids, prefix=prefix, disable_compile=True, **settings).past_key_values
 
     assert {type(layer) for layer in cache().layers} == {RoomyLayer}
+    assert RoomyLayer not in {type(layer) for layer in cache(None).layers}, "without a prefix all is the base's own"
     mine = DynamicCache()
     assert cache(past_key_values=mine) is mine
     assert cache(use_cache=False) is None
+    assert {type(layer) for layer in cache(generation_config=GenerationConfig(num_beams=2)).layers} == {RoomyLayer}
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    assert type(cache(generation_config=GenerationConfig(num_beams=1))).__name__ == "StaticCache"
+    monkeypatch.undo()
     assert type(cache(cache_implementation="static")).__name__ == "StaticCache"

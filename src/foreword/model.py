@@ -293,9 +293,9 @@ class PrefixModel(nn.Module):
         the prompt, once."""
         settings = kwargs.get("generation_config") or self.generation_config
         whole = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is None
-        if self._takes_cache(settings, kwargs):
+        if self.reads(prefix) and self._makes_cache(kwargs):
             kwargs["past_key_values"] = roomy_cache(self.config.get_text_config(decoder=True))
-        with self._reading(prefix, once=True, whole=whole), self._few_row_products():
+        with self._reading(prefix, once=True, whole=whole), self._few_row_products(prefix):
             return cast(Any, self.base).generate(*args, **kwargs)
 
     @contextmanager
@@ -304,18 +304,25 @@ class PrefixModel(nn.Module):
 
         packed: as `forward` takes it; each call must then hold just these rows.
         """
-        with self._reading(prefix, packed), self._few_row_products():
+        with self._reading(prefix, packed), self._few_row_products(prefix):
             yield
 
-    def _takes_cache(self, settings: Any, given: dict[str, Any]) -> bool:
-        """Whether a generation on the CPU would make itself a plain cache."""
-        use, kind = (given.get(key, getattr(settings, key, None)) for key in ("use_cache", "cache_implementation"))
-        plain = use is not False and kind is None and given.get("past_key_values") is None
-        base: Any = self.base
-        return plain and self.kind == "decoder" and self.device.type == "cpu" and base._supports_default_dynamic_cache()
+    def _makes_cache(self, given: dict[str, Any]) -> bool:
+        """Whether a generation with these arguments would make itself a plain cache, on the CPU."""
+        configs = (given.get("generation_config"), self.generation_config)
 
-    def _few_row_products(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.is_sharded else few_row_products(self.base)
+        def asked(key: str) -> Any:
+            values = (given.get(key), *(getattr(config, key, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        plain = asked("cache_implementation") is None and asked("use_cache") is not False
+        base: Any = self.base
+        able = self.kind == "decoder" and self.device.type == "cpu" and base._supports_default_dynamic_cache()
+        return plain and able and given.get("past_key_values") is None
+
+    def _few_row_products(self, prefix: Named) -> AbstractContextManager[None]:
+        """The faster products where a prefix is read: what reads none is computed as the base computes it."""
+        return few_row_products(self.base) if self.reads(prefix) and not self.is_sharded else nullcontext()
 
     @contextmanager
     def _reading(

@@ -1,11 +1,11 @@
 """E2E as Li and Liang (2021) set it up, scaled to a small machine: foreword, PEFT's prefix tuning and LoRA on SmolLM2.
 
-One epoch over the same 4,000 pairs in the same order, by foreword's trainer for all; then beam search over the 630
-tables of the test set, and the figures of `e2e_metrics.py`. foreword runs with its defaults; PEFT's methods at each of
-three learning rates that decay to nought, of which the one counts that has the lowest loss on 200 validation tables.
-One JSON file per run under benchmarks/results/e2e; a run whose file is there is not repeated. A run of seed 0 is tested
-where its loss is below that of the rates before it. `tables.py` makes the table. With `--no-figures` the texts are
-kept, and their figures, which need Java, left to the next call without it.
+One epoch over the same 4,000 pairs in the same order, at a rate that decays to nought, by foreword's trainer for all;
+then beam search over the 630 tables of the test set, and the figures of `e2e_metrics.py`. foreword runs with its
+defaults otherwise; PEFT's methods at each of three learning rates, of which the one counts that has the lowest loss on
+200 validation tables. One JSON file per run under benchmarks/results/e2e; a run whose file is there is not repeated. A
+run of seed 0 is tested where its loss is below that of the rates before it. `tables.py` makes the table. With
+`--no-figures` the texts are kept, and their figures, which need Java, left to the next call without it.
 
     python benchmarks/e2e.py --data-folder FOLDER [--only lora] [--threads 2]
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 64 --test-rows 8 --results /tmp/e2e    # does it run?
@@ -51,7 +51,8 @@ RATES: dict[str, tuple[float | None, ...]] = {
 
 
 def config(arguments: argparse.Namespace, output: Path, rate: float | None, seed: int) -> TrainConfig:
-    """The budget; all else by default. Its own test is of one row: the tables are completed afterwards."""
+    """The budget, and a rate that decays; all else by default. Its own test is of one row: the tables are completed
+    afterwards."""
     return TrainConfig(
         output,
         data=str(arguments.data_folder / "e2e"),
@@ -63,6 +64,7 @@ def config(arguments: argparse.Namespace, output: Path, rate: float | None, seed
         beams=BEAMS,
         batch_size=ROWS,
         learning_rate=rate,
+        schedule="cosine",
         zero_shot=False,
         seed=seed,
     )
@@ -89,7 +91,6 @@ def with_foreword(given: TrainConfig) -> Trained:
 
 
 def with_peft(method: str, given: TrainConfig) -> Trained:
-    given = replace(given, schedule="cosine")
     data = load_rows(given)
     task = build(given, data)
     adapted = Adapted(method, task)

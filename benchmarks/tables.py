@@ -121,9 +121,11 @@ def budgets() -> Iterator[str]:
 def described(settings: Record) -> str:
     """An experiment of compare.py in words."""
     rows, long = settings["batch_size"], settings["row_tokens"]
-    text = f"{rows} rows of {long} tokens" if long else f"{rows} rows of news, at most {settings['max_length']} tokens"
-    behind = f"{settings['length']} virtual tokens, {text}"
     kind = settings["kind"]
+    text = f"{rows} rows of {long} tokens" if long else f"{rows} rows of news, at most {settings['max_length']} tokens"
+    if kind in ("generation", "mixed"):
+        text = f"{settings['new_tokens']} tokens after each of {rows} openings of news"
+    behind = f"{settings['length']} virtual tokens, {text}"
     if kind == "size":
         return f"saved files, {settings['length']} virtual tokens"
     if kind == "mixed":

@@ -120,6 +120,7 @@ def test_the_same_seed_gives_the_same_prefix_and_another_seed_another(
         (["--label-word", "cat", "--label-word", "cat"], "begins with the same token as 'cat'"),
         (["--max-length", 3], "leaves none of 3 for the text"),
         (["--epochs", 0], "epochs must be above 0"),
+        (["--schedule", "magic"], "schedule 'magic' is unknown; choose one of constant_with_warmup, cosine, linear"),
         (["--train-rows", 0], "train_rows must be above 0"),
         (["--train-rows", 1000], "train_rows is 1000; give a number from 1 to 64"),
         (["--text-column", "nothing"], "nothing"),

@@ -53,7 +53,7 @@ def test_a_task_trained_with_others_ends_where_it_would_alone(
 ) -> None:
     """To the bit, warm-up and cosine included: its rows come in the same order, at the same rates, and nothing else
     moves it."""
-    joint = tasks(tiny_llama, topics, lengths, tmp_path / "joint", epochs=2)
+    joint = tasks(tiny_llama, topics, lengths, tmp_path / "joint", epochs=2, schedule="cosine")
     score = replace(joint.tasks["score"], prefix=PrefixConfig(form="mlp"), train_rows=24)
     joint = replace(joint, tasks={**joint.tasks, "score": score})
     found = train_jointly(joint)
@@ -197,6 +197,7 @@ def written(folder: Path, text: str) -> Path:
 def test_tasks_are_read_from_a_file_of_options(tmp_path: Path) -> None:
     text = """
     batch-size = 8
+    schedule = "cosine"
     zero_shot = false
     [news]
     data = "a"
@@ -213,6 +214,7 @@ def test_tasks_are_read_from_a_file_of_options(tmp_path: Path) -> None:
     assert config.ratios == {"news": 0.5} and config.shared.length == 3 and list(config.tasks) == ["news", "scores"]
     news, scores = config.tasks.values()
     assert news.batch_size == scores.batch_size == 8 and not news.zero_shot
+    assert news.schedule == scores.schedule == "cosine"
     assert news.label_words == ("x", "y") and news.output == tmp_path / "o" / "news"
     assert scores.task == "regress" and scores.prefix.length == 4 and news.prefix.length is None
 

@@ -15,6 +15,7 @@ from .files import check_free
 from .forms import PrefixConfig
 
 # Settings that a task reads, and may not know.
+SCHEDULES = ("constant_with_warmup", "cosine", "linear")
 TASK_OPTIONS = ("head", "template", "label_words", "max_length", "chat", "max_new_tokens", "beams", "stride")
 
 
@@ -40,6 +41,7 @@ class TrainConfig:
     max_new_tokens: tokens of a completion, in training and when it is generated (`generate`).
     beams: beam search over so many when completions are tested (`generate`).
     stride: tokens that two windows of a long context share (`answer`); by default half of what a window holds.
+    schedule: of the learning rate after the warm-up: `constant_with_warmup`, or `cosine` or `linear` to nought.
     average: the average of the parameters over the steps (`foreword.averaging`) is what is validated and saved.
     batch_size: rows of a step (times `gradient_accumulation`), of all processes together.
     activation_cache: GiB of memory for what the layers below the first that learns make of a row, kept from one epoch
@@ -141,6 +143,8 @@ class TrainConfig:
             )
         if self.shard and processes.count() == 1:
             raise InputError("there is one process, and nothing to shard the base over; start several with torchrun.")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule {self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}.")
         check_tracker(self.report_to)
 
 

@@ -72,6 +72,9 @@ def training(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows of a step, of all processes together.")] = 16,
     learning_rate: Annotated[float | None, typer.Option(help="By default that of the form.")] = None,
+    schedule: Annotated[
+        str, typer.Option(help="Of the learning rate: constant_with_warmup, or cosine or linear to nought.")
+    ] = "constant_with_warmup",
     keep: Annotated[
         float, typer.Option(help="Stay near the base on texts of its own: their weight beside the task's loss, say 1.")
     ] = 0.0,
@@ -134,6 +137,7 @@ def training(
         max_steps=max_steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        schedule=schedule,
         patience=patience,
         keep=keep,
         save_steps=save_steps,

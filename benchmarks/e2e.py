@@ -183,7 +183,7 @@ def run(path: Path, method: str, rate: float | None, seed: int, best: float, arg
     with tempfile.TemporaryDirectory() as folder:
         given = config(arguments, Path(folder) / "run", rate, seed)
         trained = with_foreword(given) if method == "foreword" else with_peft(method, given)
-        found = {"experiment": {"method": method, "seed": seed}, **trained.facts}
+        found = {"experiment": {"method": method, "seed": seed, "schedule": given.schedule}, **trained.facts}
         say(f"{path.stem}: validation loss {trained.facts['validation']:.4f}")
         if trained.facts["validation"] < best:
             began = time.monotonic()

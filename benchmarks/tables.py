@@ -122,9 +122,10 @@ def described(settings: Record) -> str:
     """An experiment of compare.py in words."""
     rows, long = settings["batch_size"], settings["row_tokens"]
     kind = settings["kind"]
-    text = f"{rows} rows of {long} tokens" if long else f"{rows} rows of news, at most {settings['max_length']} tokens"
     if kind in ("generation", "mixed"):
         text = f"{settings['new_tokens']} tokens after each of {rows} openings of news"
+    else:
+        text = f"{rows} rows of " + (f"{long} tokens" if long else f"news, at most {settings['max_length']} tokens")
     behind = f"{settings['length']} virtual tokens, {text}"
     if kind == "size":
         return f"saved files, {settings['length']} virtual tokens"

@@ -14,8 +14,8 @@ from .errors import InputError, RunError
 from .files import check_free
 from .forms import PrefixConfig
 
-# Settings that a task reads, and may not know.
 SCHEDULES = ("constant_with_warmup", "cosine", "linear")
+# Settings that a task reads, and may not know.
 TASK_OPTIONS = ("head", "template", "label_words", "max_length", "chat", "max_new_tokens", "beams", "stride")
 
 

@@ -24,6 +24,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import mean, median
 from tempfile import TemporaryDirectory
@@ -325,7 +326,8 @@ def trained(
     rows: dict[str, list[Batch]],
     best: float,
 ) -> dict[str, Any]:
-    """One run; it is tested where it is above `best` on the validation rows, and of foreword's half-way too."""
+    """One run: of the end and the steps of `validate_at` it keeps that with the best validation accuracy, of equal ones
+    the later. That is tested where it is above `best`, and foreword after the steps of `test_at` too."""
     torch.manual_seed(seed)
     drawn = to_train_on(settings, seed)
     own = [Row(row["text"], row["label"]) for row in drawn]
@@ -347,25 +349,32 @@ def trained(
         else torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, len(work) - warm))
     )
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, then], [warm])
-    losses, test = [], {}
+    weights = [*method.parameters(), *method.head_parameters()]
+    losses, test, validations = [], {}, {}
     for i, batch in enumerate(work, 1):
         losses.append(one_step(method, optimizer, batch, average))
         schedule.step()
-        if i in settings["test_at"] and average is not None:
-            with average.applied():
+        with average.applied() if average is not None else nullcontext():
+            if i in settings["test_at"] and average is not None:
                 test[str(i)] = score(method, rows["test"])
+            if i in settings.get("validate_at", ()) or i == len(work):
+                validations[i] = score(method, rows["validation"])
+                if validations[i] == max(validations.values()):
+                    kept, state = i, [p.detach().clone() for p in weights]
         if i % 10 == 0:
             say(f"{name} at {rate:g}, seed {seed}: step {i} of {len(work)}, loss {mean(losses[-10:]):.3f}")
-    if average is not None:
-        average.put()
-    validation = score(method, rows["validation"])
-    if validation > best:
-        test[str(len(work))] = score(method, rows["test"])
+    if validations[kept] > best and str(kept) not in test:
+        with torch.no_grad():
+            for parameter, value in zip(weights, state, strict=True):
+                parameter.copy_(value)
+        test[str(kept)] = score(method, rows["test"])
     return {
         "method": name,
         "learning_rate": rate,
         "seed": seed,
-        "validation": validation,
+        "step": kept,
+        "validation": validations[kept],
+        "validations": validations,
         "test": test,
         "losses": losses,
         "parameters": sum(p.numel() for p in method.parameters()),

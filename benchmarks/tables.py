@@ -105,14 +105,16 @@ def budgets() -> Iterator[str]:
             continue
         of, rows = record["settings"], f"{record['settings']['rows'] or 'new'} rows"
         budget = f"{DATA[of['data']]}, {of['steps']} steps of {of['batch_size']}, {rows}"
+        if of.get("validate_at"):
+            budget += f", the best by validation of steps {', '.join(map(str, of['validate_at']))} and the last"
         for name in record["settings"]["methods"]:
             runs = [run for run in record["runs"] if run["method"] == name]
             best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])
             chosen = [run for run in runs if run["learning_rate"] == best["learning_rate"]]
-            found = [run["test"][str(record["settings"]["steps"])] for run in chosen]
+            found = [run["test"][str(run.get("step", of["steps"]))] for run in chosen]
             each = ", ".join(f"{value:.3f}" for value in found)
             half = [run["test"][str(of["steps"] // 2)] for run in chosen if str(of["steps"] // 2) in run["test"]]
-            each += f" | {mean(half):.3f}" if half else " |"
+            each += f" | {mean(half):.3f}" if len(half) == len(chosen) else " |"
             facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
             on = best["hardware"].get("gpu") or f"CPU, {best['dtype']}"
             yield f"| {budget} | {name} | {facts} | {best['parameters']:,} | {on.removeprefix('NVIDIA ')} |"

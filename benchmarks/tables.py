@@ -106,7 +106,7 @@ def budgets() -> Iterator[str]:
         of, rows = record["settings"], f"{record['settings']['rows'] or 'new'} rows"
         budget = f"{DATA[of['data']]}, {of['steps']} steps of {of['batch_size']}, {rows}"
         if of.get("validate_at"):
-            budget += f", the best by validation of steps {', '.join(map(str, of['validate_at']))} and the last"
+            budget += f", best of {len(of['validate_at']) + 1} steps"
         for name in record["settings"]["methods"]:
             runs = [run for run in record["runs"] if run["method"] == name]
             best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])

@@ -351,18 +351,22 @@ def trained(
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [ramp, then], [warm])
     weights = [*method.parameters(), *method.head_parameters()]
     losses, test, validations = [], {}, {}
+    tested = settings["test_at"] if average is not None else []
+    validated = [*settings.get("validate_at", []), len(work)]  # no default, which would make every other result stale
     for i, batch in enumerate(work, 1):
         losses.append(one_step(method, optimizer, batch, average))
         schedule.step()
+        if i % 10 == 0:
+            say(f"{name} at {rate:g}, seed {seed}: step {i} of {len(work)}, loss {mean(losses[-10:]):.3f}")
+        if i not in (*tested, *validated):
+            continue
         with average.applied() if average is not None else nullcontext():
-            if i in settings["test_at"] and average is not None:
+            if i in tested:
                 test[str(i)] = score(method, rows["test"])
-            if i in settings.get("validate_at", ()) or i == len(work):
+            if i in validated:
                 validations[i] = score(method, rows["validation"])
                 if validations[i] == max(validations.values()):
                     kept, state = i, [p.detach().clone() for p in weights]
-        if i % 10 == 0:
-            say(f"{name} at {rate:g}, seed {seed}: step {i} of {len(work)}, loss {mean(losses[-10:]):.3f}")
     if validations[kept] > best and str(kept) not in test:
         with torch.no_grad():
             for parameter, value in zip(weights, state, strict=True):

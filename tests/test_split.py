@@ -153,15 +153,11 @@ def test_packed_rows_are_each_row_alone(
     torch.testing.assert_close(by_row, torch.cat(wide, 2), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("short", [0, PREFIX], ids=["merged", "one softmax"])
 @pytest.mark.parametrize("dtype", [*BOUNDS, torch.float64], ids=["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("prefixes", ["shared", "per-row", "of own lengths"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["none", "bool", "float", "least", "per head"])
-def test_a_single_query_as_while_decoding(
-    kind: str, kv_heads: int, prefixes: str, dtype: torch.dtype, short: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("foreword.split.SHORT", short)
+def test_a_single_query_as_while_decoding(kind: str, kv_heads: int, prefixes: str, dtype: torch.dtype) -> None:
     given = tensors(kv_heads, shared=prefixes == "shared", queries=1, dtype=dtype)
     mask = masks(kind, dtype)
     mask = None if mask is None else mask[..., -1:, :]

@@ -6,8 +6,7 @@ those of one length are then a part together. The backward pass is in gradients.
 
 Shapes as in attention.py. Half precision is computed in float32: in bfloat16 the rounding of sharp attention is several
 percent of the gradient. Long rows alone, whose forward pass it makes twice as fast, are computed in half precision, as
-exactly as the base computes them without a prefix. A single query per row, as while decoding, goes through one softmax
-over both parts instead.
+exactly as the base computes them without a prefix.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from .gradients import attention_gradients
 from .packing import Packing, Run
 
 LONG = 256  # tokens, from which half precision pays
-SHORT = 512  # of a shared prefix, up to which one softmax over both parts is faster while decoding
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -107,14 +105,21 @@ def _attend(query: Tensor, parts: list[_Part], scale: float) -> tuple[Tensor, Te
 
 def _attend_part(query: Tensor, part: _Part, scale: float) -> tuple[Tensor, Tensor]:
     q = part.queries(query)
-    if part.keys.shape[2] == 0:
-        out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
-    else:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, part.keys, part.values))  # unchecked there
-        out, lse = _flash(q, k, v, 0.0, part.causal, attn_mask=part.mask, scale=scale)
-    if part.mask is not None:  # the kernel reports 0, not -inf, for a query that may see nothing
-        lse = lse.masked_fill((part.mask == -torch.inf).all(-1), -torch.inf)
+    out, lse = _over(q, part.keys, part.values, part.mask, scale, part.causal)
     return part.back(out, query), part.back(lse, query)
+
+
+def _over(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The kernel's output and log-sum-exp, right for no keys, for any strides, and for a query that may see nothing."""
+    if keys.shape[2] == 0:
+        return torch.zeros_like(query), query.new_full(query.shape[:3], -torch.inf)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))  # unchecked by the kernel
+    if mask is None:
+        return _flash(q, k, v, 0.0, causal, scale=scale)
+    out, lse = _flash(q, k, v, 0.0, causal, attn_mask=mask.expand(-1, -1, q.shape[2], -1), scale=scale)
+    return out, lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)  # the kernel reports 0
 
 
 def _merged(
@@ -131,53 +136,32 @@ def _merged(
     tokens, prefix = _parts(k, v, pk, pv, masks, hidden, causal, packing)
     out, lse = _attend(q, tokens, scale)
     p_out, p_lse = _attend(q, prefix, scale)
-    out, p_out = _wide(out), _wide(p_out)
-    share = torch.sigmoid(lse - p_lse).nan_to_num_(0.0)  # e^lse / (e^lse + e^p_lse); a query that sees nothing: 0
-    return torch.lerp(p_out, out, share.unsqueeze(-1)), lse, p_lse
+    return _merge(_wide(p_out), p_lse, _wide(out), lse), lse, p_lse
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """Attention over both parts."""
+    share = torch.sigmoid(other_lse - lse).nan_to_num_(0.0)  # e^other / (e^other + e^lse); one that sees nothing: 0
+    return torch.lerp(out, other, share.unsqueeze(-1))
 
 
 def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | None, scale: float) -> Tensor:
-    """The output `[B, H, 1, d_v]` where every row has one query, as while decoding: both parts' scores lie in one
-    buffer for one softmax. Half the calls, and each key is read once for all the heads that share it."""
+    """The output `[B, H, 1, d_v]` where every row has one query, as while decoding: the heads that share keys are then
+    queries of one head, so that these keys are read once."""
     query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
     rows, heads, _, size = query.shape
-    kv_heads, length = prefix_keys.shape[1:3]
-    shared = prefix_keys.shape[0] == 1
+    kv_heads = keys.shape[1]
     groups = heads // kv_heads
-
-    def by_row(x: Tensor) -> Tensor:
-        """What was computed for the shared prefix [H_kv, B * groups, m], row by row [B * H_kv, groups, m]."""
-        return x.view(kv_heads, rows, groups, -1).transpose(0, 1).reshape(rows * kv_heads, groups, -1)
-
-    def by_head(x: Tensor) -> Tensor:
-        """The inverse."""
-        return x.reshape(rows, kv_heads, groups, -1).transpose(0, 1).reshape(kv_heads, rows * groups, -1)
-
-    q = (query * scale).reshape(rows * kv_heads, groups, size)
-    k, v, pk, pv = (x.flatten(0, 1) for x in (keys, values, prefix_keys, prefix_values))
-    scores = q.new_empty(rows * kv_heads, groups, length + k.shape[1])
-    over_prefix, over_tokens = scores[..., :length], scores[..., length:]
-    over_prefix.copy_(by_row(by_head(q) @ pk.transpose(1, 2)) if shared else q @ pk.transpose(1, 2))
-    over_tokens.copy_(q @ k.transpose(1, 2))
-    by_site = scores.view(rows, heads, 1, -1)
-    if hidden is not None:
-        by_site[..., :length] += hidden
-    if mask is not None:
-        by_site[..., length:] += mask
-    weights = scores.softmax(-1)
-    if hidden is not None:
-        weights.nan_to_num_(0.0)  # a query that sees nothing
-    own = weights[..., :length]
-    out = torch.baddbmm(by_row(by_head(own) @ pv) if shared else own @ pv, weights[..., length:], v)
-    return out.view(rows, heads, 1, -1)
-
-
-def _one_row(tensors: Sequence[Tensor], scale: float) -> Tensor:
-    """The output `[1, H, 1, d_v]` of one row's one query that sees every key: there, one call over keys and values that
-    are put together for it takes half the time of `_one_query`."""
-    query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
-    joined = _Part(torch.cat([prefix_keys, keys], 2), torch.cat([prefix_values, values], 2))
-    return _attend_part(query, joined, scale)[0]
+    if mask is not None and mask.shape[1] > 1:  # of each head
+        mask = mask.reshape(-1, kv_heads, groups, mask.shape[-1])
+    q = query.reshape(rows, kv_heads, groups, size)
+    out, lse = _over(q, keys, values, mask, scale)
+    if prefix_keys.shape[0] < rows:
+        parts = _over(_fold(q, kv_heads), prefix_keys, prefix_values, None, scale)
+        p_out, p_lse = (x.view(kv_heads, rows, groups, *x.shape[3:]).transpose(0, 1) for x in parts)
+    else:
+        p_out, p_lse = _over(q, prefix_keys, prefix_values, hidden, scale)
+    return _merge(out, lse, p_out, p_lse).reshape(rows, heads, 1, size)
 
 
 class _SplitAttention(torch.autograd.Function):
@@ -217,7 +201,7 @@ class _SplitAttention(torch.autograd.Function):
 
 def _wide(x: Tensor) -> Tensor:
     """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
@@ -274,9 +258,6 @@ def split_attention(
     settings = masks, _additive(hidden, query), causal, scale, packing
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return _SplitAttention.apply(*tensors, *settings)
-    short = prefix_keys.shape[0] > 1 or prefix_keys.shape[2] <= SHORT
-    if packing is None and query.shape[2] == 1 and not causal and short:
-        one_row = len(query) == 1 and masks[0] is None and hidden is None
-        out = _one_row(tensors, scale) if one_row else _one_query(tensors, masks[0], settings[1], scale)
-        return out.to(query.dtype)
+    if packing is None and query.shape[2] == 1 and not causal:
+        return _one_query(tensors, masks[0], settings[1], scale).to(query.dtype)
     return _merged(tensors, *settings)[0].to(query.dtype)

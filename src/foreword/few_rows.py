@@ -1,9 +1,10 @@
-"""Products of few rows with a frozen layer's weight, as while a batch decodes, in float32 on several cores.
+"""Products of few rows with a frozen layer's weight, as while a batch decodes, the way that is faster here.
 
-`W x^T` holds the same numbers as `x W^T`, and on two cores MKL makes it in half of the time at 2 to 4 rows and in three
-quarters of it at 16: it has the many rows of `W` to share among threads where the other has the few of `x`. From 8 to
-15 rows it is no faster, beyond 64 little, and on one core hardly ever (docs/log.md). The transposed result is not
-copied: what follows a product, elementwise for the most part, reads it as it lies.
+`W x^T` holds the same numbers as `x W^T`, and a CPU's library has the many rows of `W` to share among its threads where
+the other has the few of `x`: half of the time for some shapes, twice the time for others, and which is which differs
+between processors (docs/log.md). So the first products of a shape are made in turn by both and timed, and the faster
+way stays. The transposed result is not copied: what follows a product, elementwise for the most part, reads it as it
+lies, somewhat slower, for which it must be faster by a tenth.
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TypeGuard
+from time import perf_counter
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-FASTER = frozenset([*range(2, 8), *range(16, 65)])  # rows
+FEW = range(2, 65)  # rows; a single one is a product of another kind, and of more neither way is faster
+TRIALS = 3  # of each way
+WORTH = 0.9
+
+_seconds: dict[
+    tuple[Any, ...], tuple[list[float], list[float]]
+] = {}  # by shape, of the layer's own way and of the other
+_transposed: dict[tuple[Any, ...], bool] = {}
 
 
 @contextmanager
 def few_row_products(base: nn.Module) -> Iterator[None]:
     """While open, `base`'s linear layers compute few rows the faster way where no gradient is asked for."""
-    taken = [module for module in base.modules() if _can(module)] if torch.get_num_threads() > 1 else []
+    taken = [module for module in base.modules() if _can(module)]
     for layer in taken:
-        vars(layer)["forward"] = partial(_product, layer)
+        vars(layer)["forward"] = partial(_product, layer.weight, layer.bias)
     try:
         yield
     finally:
@@ -34,15 +43,42 @@ def few_row_products(base: nn.Module) -> Iterator[None]:
 
 
 def _can(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """A plain layer in float32 on the CPU, whose forward nobody else has taken."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
-        return False
-    return layer.weight.dtype == torch.float32 and layer.weight.device.type == "cpu"
+    """A plain layer on the CPU, whose forward nobody else has taken."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device.type == "cpu"
 
 
-def _product(layer: nn.Linear, x: Tensor) -> Tensor:
-    rows = x.shape[:-1]
-    if torch.is_grad_enabled() or rows.numel() not in FASTER:
-        return linear(x, layer.weight, layer.bias)
-    made = (layer.weight @ x.reshape(rows.numel(), -1).t()).t().unflatten(0, rows)
-    return made if layer.bias is None else made + layer.bias
+def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    rows = x.shape[:-1].numel()
+    if rows not in FEW or torch.is_grad_enabled():
+        return linear(x, weight, bias)
+    # Of three dimensions whose strides are not the usual ones, which a transposed product leaves, torch makes a product
+    # for each row.
+    made = _faster(weight, bias, x.reshape(rows, -1))
+    return made.view(*x.shape[:-1], -1)
+
+
+def _faster(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    shape = (len(x), weight.shape, weight.dtype, torch.get_num_threads())
+    transposed = _transposed.get(shape)
+    if transposed is not None:
+        return WAYS[transposed](weight, bias, x)
+    own, other = _seconds.setdefault(shape, ([], []))
+    transposed = len(own) > len(other)
+    began = perf_counter()
+    made = WAYS[transposed](weight, bias, x)
+    (other if transposed else own).append(perf_counter() - began)
+    if len(other) == TRIALS:
+        _transposed[shape] = min(other) < WORTH * min(own)
+    return made
+
+
+def _plain_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return linear(x.contiguous(), weight, bias)
+
+
+def _transposed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    made = (weight @ x.t()).t()
+    return made if bias is None else made + bias
+
+
+WAYS = (_plain_product, _transposed_product)

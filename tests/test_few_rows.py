@@ -15,8 +15,7 @@ from foreword.few_rows import FEW, TRIALS, few_row_products
 
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "_seconds", {})
-    monkeypatch.setattr(few_rows, "_transposed", {})
+    monkeypatch.setattr(few_rows, "_trials", {})
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, own: float, other: float) -> None:

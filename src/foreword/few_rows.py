@@ -9,8 +9,9 @@ lies, somewhat slower, for which it must be faster by a tenth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 from typing import Any, TypeGuard
@@ -23,10 +24,18 @@ FEW = range(2, 65)  # rows; a single one is a product of another kind, and of mo
 TRIALS = 3  # of each way
 WORTH = 0.9
 
-_seconds: dict[
-    tuple[Any, ...], tuple[list[float], list[float]]
-] = {}  # by shape, of the layer's own way and of the other
-_transposed: dict[tuple[Any, ...], bool] = {}
+Way = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+
+
+@dataclass
+class _Trials:
+    """What is known of layers of one size: of a number of rows the seconds that both ways took, or the way to go."""
+
+    seconds: dict[int, tuple[list[float], list[float]]] = field(default_factory=dict)
+    faster: dict[int, Way] = field(default_factory=dict)
+
+
+_trials: dict[tuple[Any, ...], _Trials] = {}
 
 
 @contextmanager
@@ -34,7 +43,8 @@ def few_row_products(base: nn.Module) -> Iterator[None]:
     """While open, `base`'s linear layers compute few rows the faster way where no gradient is asked for."""
     taken = [module for module in base.modules() if _can(module)]
     for layer in taken:
-        vars(layer)["forward"] = partial(_product, layer.weight, layer.bias)
+        size = (layer.weight.shape, layer.weight.dtype, torch.get_num_threads())
+        vars(layer)["forward"] = partial(_product, layer.weight, layer.bias, _trials.setdefault(size, _Trials()))
     try:
         yield
     finally:
@@ -47,38 +57,33 @@ def _can(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return type(layer) is nn.Linear and "forward" not in vars(layer) and layer.weight.device.type == "cpu"
 
 
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _product(weight: Tensor, bias: Tensor | None, trials: _Trials, x: Tensor) -> Tensor:
     rows = x.shape[:-1].numel()
     if rows not in FEW or torch.is_grad_enabled():
         return linear(x, weight, bias)
+    way = trials.faster.get(rows)
     # Of three dimensions whose strides are not the usual ones, which a transposed product leaves, torch makes a product
     # for each row.
-    made = _faster(weight, bias, x.reshape(rows, -1))
+    flat = x.reshape(rows, -1)
+    made = _tried(weight, bias, trials, flat) if way is None else way(weight, bias, flat)
     return made.view(*x.shape[:-1], -1)
 
 
-def _faster(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    shape = (len(x), weight.shape, weight.dtype, torch.get_num_threads())
-    transposed = _transposed.get(shape)
-    if transposed is not None:
-        return WAYS[transposed](weight, bias, x)
-    own, other = _seconds.setdefault(shape, ([], []))
-    transposed = len(own) > len(other)
+def _tried(weight: Tensor, bias: Tensor | None, trials: _Trials, x: Tensor) -> Tensor:
+    own, other = trials.seconds.setdefault(len(x), ([], []))
+    way, seconds = (_transposed, other) if len(own) > len(other) else (_plain, own)
     began = perf_counter()
-    made = WAYS[transposed](weight, bias, x)
-    (other if transposed else own).append(perf_counter() - began)
+    made = way(weight, bias, x)
+    seconds.append(perf_counter() - began)
     if len(other) == TRIALS:
-        _transposed[shape] = min(other) < WORTH * min(own)
+        trials.faster[len(x)] = _transposed if min(other) < WORTH * min(own) else _plain
     return made
 
 
-def _plain_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _plain(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return linear(x.contiguous(), weight, bias)
 
 
-def _transposed_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _transposed(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     made = (weight @ x.t()).t()
     return made if bias is None else made + bias
-
-
-WAYS = (_plain_product, _transposed_product)

@@ -10,6 +10,8 @@ benchmarks/results/compare and is made again only when the settings have changed
     mixed       the same with rows over several prefixes in one batch, against PEFT switching adapters
     accuracy    test accuracy after a budget of steps, over methods, learning rates and seeds
 
+An experiment with a `capability` (AVX2, AVX512) runs on such a processor alone.
+
     python benchmarks/compare.py --data-folder FOLDER [--only step-news] [--threads 2] [--device cuda]
 """
 
@@ -433,6 +435,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name, settings in experiments(arguments.only):
         path = HERE / "results" / "compare" / f"{name}.json"
+        unit = torch.backends.cpu.get_cpu_capability()
+        if settings.get("capability", unit) != unit:
+            say(f"{name}: is of a processor with {settings['capability']}, and this one has {unit}")
+            continue
         asked = {**settings, "threads": arguments.threads}
         given = {"folder": arguments.data_folder, "name": name, "device": arguments.device}
         if arguments.methods:

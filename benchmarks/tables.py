@@ -93,7 +93,8 @@ def compared() -> Iterator[str]:
             against = record.get("speed") or record["ratio"]
             times = f"{against['foreword']:.2f}" if record["settings"]["methods"][0] == "peft-text" else ""
             precision = record.get("dtype") or record["settings"]["dtype"]
-            yield f"| {described(record['settings'])}, {precision} | {' | '.join(cells)} | {times} |"
+            on = "" if record["settings"]["kind"] == "size" else f", {record['hardware']['capability']}"
+            yield f"| {described(record['settings'])}, {precision}{on} | {' | '.join(cells)} | {times} |"
 
 
 def budgets() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count, cycle
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from torch import nn
 
 from foreword import PrefixConfig, PrefixModel, few_rows, load_base
 from foreword.few_rows import FEW, TRIALS, few_row_products
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +102,13 @@ def test_a_forward_that_somebody_else_has_taken_stays_theirs() -> None:
     with few_row_products(nn.Sequential(layer)):
         assert torch.equal(layer(torch.ones(4, 8)), torch.full((4, 8), 2.0))
     assert "forward" in vars(layer)
+
+
+def test_one_thread_computes_as_the_base_does() -> None:
+    torch.set_num_threads(1)
+    layer = nn.Linear(8, 8)
+    with few_row_products(layer):
+        assert "forward" not in vars(layer)
 
 
 def test_an_error_leaves_the_base_as_it_was() -> None:

@@ -3,8 +3,8 @@
 `W x^T` holds the same numbers as `x W^T`, and a CPU's library has the many rows of `W` to share among its threads where
 the other has the few of `x`: half of the time for some shapes, twice the time for others, and which is which differs
 between processors (docs/log.md). So the first products of a shape are made in turn by both and timed, and the faster
-way stays. The transposed result is not copied: what follows a product, elementwise for the most part, reads it as it
-lies, somewhat slower, for which it must be faster by a tenth.
+way stays; a single thread has nothing to share. The transposed result is not copied: what follows a product,
+elementwise for the most part, reads it as it lies, somewhat slower, for which it must be faster by a tenth.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _trials: dict[tuple[Any, ...], _Trials] = {}
 @contextmanager
 def few_row_products(base: nn.Module) -> Iterator[None]:
     """While open, `base`'s linear layers compute few rows the faster way where no gradient is asked for."""
-    taken = [module for module in base.modules() if _can(module)]
+    taken = [module for module in base.modules() if _can(module)] if torch.get_num_threads() > 1 else []
     for layer in taken:
         size = (layer.weight.shape, layer.weight.dtype, torch.get_num_threads())
         vars(layer)["forward"] = partial(_product, layer.weight, layer.bias, _trials.setdefault(size, _Trials()))

@@ -382,14 +382,12 @@ def test_train_eval_predict_of_every_task(bases: dict[str, Path], tmp_path: Path
     code, out, err = run("train", *where, *steps)
     assert code == 0, err
     assert "prefix" in out and "8 test rows" in out
-    code, out, _ = run("eval", tmp_path / "p", "--json")
+    code, out, _ = run("eval", tmp_path / "p", "--json", "--batch-size", 4)  # as in training: more rows round otherwise
     report = json.loads(out)
     saved = load_task(tmp_path / "p")
     assert code == 0 and report["rows"] == 8
     header = saved.model.headers["p"]
-    # Not to the last digit: some processors' products round by where in memory a tensor lies.
-    assert report["metrics"] == pytest.approx(header["training"]["test"], rel=1e-5)
-    assert header["training"]["settings"]["task"] == name
+    assert report["metrics"] == header["training"]["test"] and header["training"]["settings"]["task"] == name
     losses = [loss for _, loss in header["training"]["losses"]]
     assert losses[-1] < losses[0]
     assert run("eval", tmp_path / "p", "--data", tmp_path / "d" / "test.jsonl")[0] == 0

@@ -435,7 +435,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for name, settings in experiments(arguments.only):
         path = HERE / "results" / "compare" / f"{name}.json"
-        unit = torch.backends.cpu.get_cpu_capability()
+        unit = hardware()["capability"]
         if settings.get("capability", unit) != unit:
             say(f"{name}: is of a processor with {settings['capability']}, and this one has {unit}")
             continue

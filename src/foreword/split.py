@@ -156,12 +156,8 @@ def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | 
         mask = mask.reshape(-1, kv_heads, groups, mask.shape[-1])
     q = query.reshape(rows, kv_heads, groups, size)
     out, lse = _over(q, keys, values, mask, scale)
-    if prefix_keys.shape[0] < rows:
-        parts = _over(_fold(q, kv_heads), prefix_keys, prefix_values, None, scale)
-        p_out, p_lse = (x.view(kv_heads, rows, groups, *x.shape[3:]).transpose(0, 1) for x in parts)
-    else:
-        p_out, p_lse = _over(q, prefix_keys, prefix_values, hidden, scale)
-    return _merge(out, lse, p_out, p_lse).reshape(rows, heads, 1, size)
+    prefix = _Part(prefix_keys, prefix_values, hidden, folded=prefix_keys.shape[0] < rows)
+    return _merge(out, lse, *_attend_part(q, prefix, scale)).reshape(rows, heads, 1, size)
 
 
 class _SplitAttention(torch.autograd.Function):

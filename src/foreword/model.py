@@ -293,10 +293,18 @@ class PrefixModel(nn.Module):
         the prompt, once."""
         settings = kwargs.get("generation_config") or self.generation_config
         whole = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is None
-        if self.reads(prefix) and self._makes_cache(kwargs):
+        ours = self.reads(prefix) and self._makes_cache(kwargs)
+        if ours:
             kwargs["past_key_values"] = roomy_cache(self.config.get_text_config(decoder=True))
-        with self._reading(prefix, once=True, whole=whole), self._few_row_products(prefix):
-            return cast(Any, self.base).generate(*args, **kwargs)
+        # What is computed in inference mode can never be trained on, so none of it but the tokens leaves.
+        apart = ours and not self._asked(kwargs, "return_dict_in_generate")
+        with (
+            torch.inference_mode() if apart else nullcontext(),
+            self._reading(prefix, once=True, whole=whole),
+            self._few_row_products(prefix),
+        ):
+            made = cast(Any, self.base).generate(*args, **kwargs)
+        return made.clone() if isinstance(made, Tensor) else made
 
     @contextmanager
     def reading(self, prefix: Named = ACTIVE, packed: Sequence[int] | None = None) -> Iterator[None]:
@@ -309,16 +317,16 @@ class PrefixModel(nn.Module):
 
     def _makes_cache(self, given: dict[str, Any]) -> bool:
         """Whether a generation with these arguments would make itself a plain cache, on the CPU."""
-        configs = (given.get("generation_config"), self.generation_config)
-
-        def asked(key: str) -> Any:
-            values = (given.get(key), *(getattr(config, key, None) for config in configs))
-            return next((value for value in values if value is not None), None)
-
+        asked = partial(self._asked, given)
         plain = asked("cache_implementation") is None and asked("use_cache") is not False
         base: Any = self.base
         able = self.kind == "decoder" and self.device.type == "cpu" and base._supports_default_dynamic_cache()
         return plain and able and given.get("past_key_values") is None
+
+    def _asked(self, given: dict[str, Any], key: str) -> Any:
+        """What the arguments of a generation, its configuration or the base's say of a setting; None where none does."""
+        configs = (getattr(config, key, None) for config in (given.get("generation_config"), self.generation_config))
+        return next((value for value in (given.get(key), *configs) if value is not None), None)
 
     def _few_row_products(self, prefix: Named) -> AbstractContextManager[None]:
         """The faster products where a prefix is read: what reads none is computed as the base computes it."""

@@ -132,6 +132,22 @@ def test_transposed_products_of_any_number_of_rows_change_no_token(
         assert torch.equal(generate(model, batch, **way), tokens)
 
 
+@generators
+def test_training_goes_on_from_what_a_generation_returns(family: Family) -> None:
+    """From its tokens; a decoder's from the cache, too, where the caller asks for it."""
+    model = wrapped(family.name)
+    batch = prompt(family, [7, 4])
+    made = model.generate(**batch, max_new_tokens=STEPS, do_sample=False, disable_compile=True)
+    given = {"decoder_input_ids": made, **batch} if family.kind == "seq2seq" else {"input_ids": made}
+    model(**given).logits.sum().backward()
+    settings: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+    found = model.generate(**batch, max_new_tokens=STEPS, do_sample=False, **settings)
+    assert torch.equal(found.sequences, made)
+    if family.kind == "decoder":
+        model(made[:, -1:], past_key_values=found.past_key_values).logits.sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in model.forms.parameters())
+
+
 @decoders
 def test_prompt_lookup_decoding_equals_greedy(family: Family) -> None:
     model = wrapped(family.name)

@@ -324,7 +324,7 @@ class PrefixModel(nn.Module):
         return plain and able and given.get("past_key_values") is None
 
     def _asked(self, given: dict[str, Any], key: str) -> Any:
-        """What the arguments of a generation, its configuration or the base's say of a setting; None where none does."""
+        """What a generation's arguments, its configuration or the base's say of a setting; None where none does."""
         configs = (getattr(config, key, None) for config in (given.get("generation_config"), self.generation_config))
         return next((value for value in (given.get(key), *configs) if value is not None), None)
 

@@ -146,18 +146,38 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor
 
 
 def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | None, scale: float) -> Tensor:
-    """The output `[B, H, 1, d_v]` where every row has one query, as while decoding: the heads that share keys are then
-    queries of one head, so that these keys are read once."""
+    """The output `[B, H, 1, d_v]` where every row has one query, as while decoding: one softmax, over scores that the
+    products with both parts are written into. The heads that share keys are queries of one head, so that these keys are
+    read once."""
     query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
     rows, heads, _, size = query.shape
-    kv_heads = keys.shape[1]
-    groups = heads // kv_heads
+    kv_heads, length = prefix_keys.shape[1:3]
     if mask is not None and mask.shape[1] > 1:  # of each head
-        mask = mask.reshape(-1, kv_heads, groups, mask.shape[-1])
-    q = query.reshape(rows, kv_heads, groups, size)
-    out, lse = _over(q, keys, values, mask, scale)
-    prefix = _Part(prefix_keys, prefix_values, hidden, folded=prefix_keys.shape[0] < rows)
-    return _merge(out, lse, *_attend_part(q, prefix, scale)).reshape(rows, heads, 1, size)
+        mask = mask.reshape(-1, kv_heads, heads // kv_heads, mask.shape[-1])
+    q = (query * scale).reshape(rows, kv_heads, heads // kv_heads, size)
+    prefix = _Part(prefix_keys, prefix_values, folded=prefix_keys.shape[0] < rows)
+    asked = prefix.queries(q)
+    scores = q.new_empty(*asked.shape[:3], length + keys.shape[2])
+    over_prefix, over_tokens = scores[..., :length], prefix.back(scores[..., length:], q)
+    if prefix.folded:
+        torch.bmm(asked[0], prefix_keys[0].transpose(1, 2), out=over_prefix[0])
+    else:
+        _write(over_prefix, q @ prefix_keys.transpose(2, 3), hidden)
+    _write(over_tokens, q @ keys.transpose(2, 3), mask)
+    blind = None if hidden is None else scores.amax(-1, keepdim=True) == -torch.inf
+    torch.softmax(scores, -1, out=scores)
+    out = over_tokens @ values + prefix.back(over_prefix @ prefix_values, q)
+    if blind is not None:  # a query that sees nothing gets nothing, not NaN
+        out.masked_fill_(blind, 0.0)
+    return out.reshape(rows, heads, 1, size)
+
+
+def _write(place: Tensor, scores: Tensor, mask: Tensor | None) -> None:
+    """Into `place`, which need not lie together, the masked scores."""
+    if mask is None:
+        place.copy_(scores)
+    else:
+        torch.add(scores, mask, out=place)
 
 
 class _SplitAttention(torch.autograd.Function):

@@ -297,7 +297,7 @@ class PrefixModel(nn.Module):
         if ours:
             kwargs["past_key_values"] = roomy_cache(self.config.get_text_config(decoder=True))
         # What is computed in inference mode can never be trained on, so none of it but the tokens leaves.
-        apart = ours and not self._asked(kwargs, "return_dict_in_generate")
+        apart = ours and not self.is_sharded and not self._asked(kwargs, "return_dict_in_generate")
         with (
             torch.inference_mode() if apart else nullcontext(),
             self._reading(prefix, once=True, whole=whole),

@@ -2,7 +2,8 @@
 
 Each part runs the CPU's flash kernel, so the tokens keep its causal path, and a prefix that the batch shares is read
 once: the batch is folded into more queries of it. Rows may lie one behind another in a single sequence (`packing`);
-those of one length are then a part together. The backward pass is in gradients.py.
+those of one length are then a part together. Where each row has one query, as while decoding, one softmax over both
+parts is less work than the merge. The backward pass is in gradients.py.
 
 Shapes as in attention.py. Half precision is computed in float32: in bfloat16 the rounding of sharp attention is several
 percent of the gradient. Long rows alone, whose forward pass it makes twice as fast, are computed in half precision, as

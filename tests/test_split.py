@@ -154,21 +154,23 @@ def test_packed_rows_are_each_row_alone(
 
 
 @pytest.mark.parametrize("dtype", [*BOUNDS, torch.float64], ids=["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("prefixes", ["shared", "per-row", "of own lengths"])
+@pytest.mark.parametrize("prefixes", ["shared", "per-row", "of own lengths", "of no tokens"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("kind", ["none", "bool", "float", "least", "per head"])
 def test_a_single_query_as_while_decoding(kind: str, kv_heads: int, prefixes: str, dtype: torch.dtype) -> None:
-    given = tensors(kv_heads, shared=prefixes == "shared", queries=1, dtype=dtype)
+    given = tensors(kv_heads, shared=prefixes in ("shared", "of no tokens"), queries=1, dtype=dtype)
     mask = masks(kind, dtype)
     mask = None if mask is None else mask[..., -1:, :]
     hidden = None
+    if prefixes == "of no tokens":
+        given = [*given[:3], *(x[:, :, :0] for x in given[3:])]
     if prefixes == "of own lengths":
         hidden = torch.zeros(ROWS, 1, 1, PREFIX)
         for row, length in enumerate([PREFIX, 2, 0]):
             hidden[row, ..., length:] = -torch.inf
-        if mask is not None and mask.dtype == torch.bool:
-            mask = mask.expand(ROWS, -1, -1, -1).clone()
-            mask[2] = False  # neither a prefix nor a token to see
+    if prefixes in ("of own lengths", "of no tokens") and mask is not None and mask.dtype == torch.bool:
+        mask = mask.expand(ROWS, -1, -1, -1).clone()
+        mask[2] = False  # neither a prefix nor a token to see
     with torch.no_grad():
         made = split_attention(*given, mask, hidden)  # type: ignore[misc]
     exact = [x.double() for x in given]

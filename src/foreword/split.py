@@ -153,9 +153,10 @@ def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | 
     query, keys, values, prefix_keys, prefix_values = (_wide(x) for x in tensors)
     rows, heads, _, size = query.shape
     kv_heads, length = prefix_keys.shape[1:3]
+    groups = heads // kv_heads
     if mask is not None and mask.shape[1] > 1:  # of each head
-        mask = mask.reshape(-1, kv_heads, heads // kv_heads, mask.shape[-1])
-    q = (query * scale).reshape(rows, kv_heads, heads // kv_heads, size)
+        mask = mask.reshape(-1, kv_heads, groups, mask.shape[-1])
+    q = (query * scale).reshape(rows, kv_heads, groups, size)
     prefix = _Part(prefix_keys, prefix_values, folded=prefix_keys.shape[0] < rows)
     asked = prefix.queries(q)
     scores = q.new_empty(*asked.shape[:3], length + keys.shape[2])
@@ -165,7 +166,9 @@ def _one_query(tensors: Sequence[Tensor], mask: Tensor | None, hidden: Tensor | 
     else:
         _write(over_prefix, q @ prefix_keys.transpose(2, 3), hidden)
     _write(over_tokens, q @ keys.transpose(2, 3), mask)
-    blind = None if hidden is None else scores.amax(-1, keepdim=True) == -torch.inf
+    blind = None
+    if hidden is not None or length == 0:  # else every query sees the prefix
+        blind = prefix.back(scores.amax(-1, keepdim=True) == -torch.inf, q)
     torch.softmax(scores, -1, out=scores)
     out = over_tokens @ values + prefix.back(over_prefix @ prefix_values, q)
     if blind is not None:  # a query that sees nothing gets nothing, not NaN

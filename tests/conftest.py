@@ -4,6 +4,7 @@ Every run ends with the table of the largest differences between split and refer
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -151,3 +152,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for family, row in table.items():
         cells = (f"{row[m]:18.1e}" if m in row else f"{'-':>18}" for m in measures)
         terminalreporter.write_line(" ".join([f"{family:12}", *cells]))
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser; tests that ask for one are skipped where none is installed."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = Path(__file__).parents[1] / "benchmarks" / "pictures.py"  # knows where browsers are
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    found = pictures.find_browser()
+    if found is None:
+        pytest.skip("no Chromium or Chrome is installed; apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -86,20 +87,13 @@ def test_it_builds_without_network_and_its_pages_load_nothing_from_elsewhere(sit
 
 
 @pytest.mark.slow
-def test_a_browser_asks_for_nothing_but_the_sites_own_files(site: Path) -> None:
-    pictures = imported(ROOT / "benchmarks" / "pictures.py")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'foreword[pictures]'")
-    path = pictures.find_browser()
-    if path is None:
-        pytest.skip("no Chromium or Chrome is installed; apt-get install chromium")
+def test_a_browser_asks_for_nothing_but_the_sites_own_files(site: Path, chromium: Any) -> None:
     asked: list[str] = []
-    with playwright.sync_playwright() as running:
-        chromium = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        page = chromium.new_page()
-        page.on("request", lambda request: asked.append(request.url))
-        for path in sorted(site.rglob("index.html")):
-            page.goto(path.as_uri())
-        chromium.close()
+    page = chromium.new_page()
+    page.on("request", lambda request: asked.append(request.url))
+    for path in sorted(site.rglob("index.html")):
+        page.goto(path.as_uri())
+    page.close()
     assert len(asked) > 100
     assert not [address for address in asked if not address.startswith(("file:", "data:", "blob:"))]
 

@@ -1,14 +1,23 @@
 """E2E as Li and Liang (2021) set it up, scaled to a small machine: foreword, PEFT's prefix tuning and LoRA on SmolLM2.
 
-One epoch over the same 4,000 pairs in the same order, at a rate that decays to nought, by foreword's trainer for all;
+One epoch over the same pairs in the same order, 4,000 at a rate that decays to nought, by foreword's trainer for all;
 then beam search over the 630 tables of the test set, and the figures of `e2e_metrics.py`. foreword runs with its
 defaults otherwise; PEFT's methods at each of three learning rates, of which the one counts that has the lowest loss on
 200 validation tables. One JSON file per run under benchmarks/results/e2e; a run whose file is there is not repeated. A
-run of seed 0 is tested where its loss is below that of the rates before it. `tables.py` makes the table. With
+run of seed 0 is tested where its loss is below that of the settings before it. `tables.py` makes the table. With
 `--no-figures` the texts are kept, and their figures, which need Java, left to the next call without it.
 
     python benchmarks/e2e.py --data-folder FOLDER [--only lora] [--threads 2]
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 64 --test-rows 8 --results /tmp/e2e    # does it run?
+
+A quarter of the pairs, where foreword's constant rate is its default and PEFT's methods try both schedules:
+
+    R=benchmarks/results/e2e_1000
+    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only foreword --schedules constant
+    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only peft-text \
+        --rates 1e-1 3e-2 1e-2 --schedules constant cosine
+    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only lora \
+        --rates 1e-2 3e-3 3e-2 --schedules constant cosine
 """
 
 from __future__ import annotations
@@ -21,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +58,12 @@ RATES: dict[str, tuple[float | None, ...]] = {
     "peft-text": (1e-2, 3e-3, 3e-2),
     "lora": (3e-3, 1e-3, 1e-2),
 }
+Setting = tuple[float | None, str]  # learning rate, schedule
 
 
-def config(arguments: argparse.Namespace, output: Path, rate: float | None, seed: int) -> TrainConfig:
-    """The budget, and a rate that decays; all else by default. Its own test is of one row: the tables are completed
-    afterwards."""
+def config(arguments: argparse.Namespace, output: Path, setting: Setting, seed: int) -> TrainConfig:
+    """The budget and the rate; all else by default. Its own test is of one row: the tables are completed afterwards."""
+    rate, schedule = setting
     return TrainConfig(
         output,
         data=str(arguments.data_folder / "e2e"),
@@ -64,7 +75,7 @@ def config(arguments: argparse.Namespace, output: Path, rate: float | None, seed
         beams=BEAMS,
         batch_size=ROWS,
         learning_rate=rate,
-        schedule="cosine",
+        schedule=schedule,
         zero_shot=False,
         seed=seed,
     )
@@ -177,11 +188,11 @@ def peft_model(method: str, base: Any, tokenizer: Any, task: PrefixGenerator) ->
 # ---- running
 
 
-def run(path: Path, method: str, rate: float | None, seed: int, best: float, arguments: argparse.Namespace) -> None:
+def run(path: Path, method: str, setting: Setting, seed: int, best: float, arguments: argparse.Namespace) -> None:
     """Train, and test where the validation loss is below `best`."""
     began_at = commit()
     with tempfile.TemporaryDirectory() as folder:
-        given = config(arguments, Path(folder) / "run", rate, seed)
+        given = config(arguments, Path(folder) / "run", setting, seed)
         trained = with_foreword(given) if method == "foreword" else with_peft(method, given)
         found = {"experiment": {"method": method, "seed": seed, "schedule": given.schedule}, **trained.facts}
         say(f"{path.stem}: validation loss {trained.facts['validation']:.4f}")
@@ -202,7 +213,7 @@ def add_figures(path: Path, arguments: argparse.Namespace) -> None:
     found = json.loads(path.read_text())
     if "texts" not in found or "test" in found:
         return
-    rows = test_rows(config(arguments, Path("unused"), None, 0), arguments)
+    rows = test_rows(config(arguments, Path("unused"), (None, "constant"), 0), arguments)
     references = [(row.label,) if isinstance(row.label, str) else row.label for row in rows]
     found["test"] = e2e_metrics(found["texts"], references)
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -210,19 +221,21 @@ def add_figures(path: Path, arguments: argparse.Namespace) -> None:
 
 
 def method_runs(method: str, arguments: argparse.Namespace) -> None:
-    """Every rate with seed 0, then the best with the other seeds."""
+    """Every setting with seed 0, then the best with the other seeds."""
 
-    def at(rate: float | None, seed: int, best: float) -> float:
-        path = arguments.results / f"{method}-{'default' if rate is None else f'{rate:g}'}-{seed}.json"
+    def at(setting: Setting, seed: int, best: float) -> float:
+        rate, schedule = setting
+        named = "default" if rate is None else f"{rate:g}"
+        path = arguments.results / f"{method}-{named}-{schedule}-{seed}.json"
         if not path.exists():
-            run(path, method, rate, seed, best, arguments)
+            run(path, method, setting, seed, best, arguments)
         if not arguments.no_figures:
             add_figures(path, arguments)
         return json.loads(path.read_text())["validation"]
 
-    losses: dict[float | None, float] = {}
-    for rate in [r for r in RATES[method] if r in arguments.rates or not arguments.rates]:
-        losses[rate] = at(rate, 0, min(losses.values(), default=float("inf")))
+    losses: dict[Setting, float] = {}
+    for setting in product(arguments.rates or RATES[method], arguments.schedules):
+        losses[setting] = at(setting, 0, min(losses.values(), default=float("inf")))
     for seed in range(1, arguments.seeds):
         at(min(losses, key=losses.__getitem__), seed, float("inf"))
 
@@ -245,7 +258,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--no-figures", action="store_true")
-    parser.add_argument("--rates", type=float, nargs="*", default=[], help="only these, to share the work")
+    parser.add_argument("--rates", type=float, nargs="*", default=[], help="in place of the method's own")
+    parser.add_argument("--schedules", nargs="*", default=["cosine"], help="each with every rate")
     arguments = parser.parse_args()
     if (lacks := missing()) and not arguments.no_figures:
         parser.error(lacks)

@@ -169,7 +169,7 @@ def tuned() -> Iterator[str]:
             yield f"| {t['trial']} | {state} | {facts} | {t['loss']:.3f} | {t['accuracy']:.3f} |"
 
 
-def e2e() -> Iterator[str]:
+def e2e(folder: str = "e2e") -> Iterator[str]:
     """Figures of the E2E challenge: each method at its best learning rate, the mean over seeds."""
     yield "| method | learning rate | BLEU | NIST | METEOR | ROUGE-L | CIDEr | numbers trained |"
     yield "|---|---|---|---|---|---|---|---|"

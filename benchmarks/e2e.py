@@ -13,11 +13,12 @@ run of seed 0 is tested where its loss is below that of the settings before it. 
 A quarter of the pairs, where foreword's constant rate is its default and PEFT's methods try both schedules:
 
     R=benchmarks/results/e2e_1000
-    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only foreword --schedules constant
+    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only foreword \\
+        --schedules constant_with_warmup
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only peft-text \
-        --rates 1e-1 3e-2 1e-2 --schedules constant cosine
+        --rates 1e-1 3e-2 1e-2 --schedules cosine constant_with_warmup
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only lora \
-        --rates 1e-2 3e-3 3e-2 --schedules constant cosine
+        --rates 1e-2 3e-3 3e-2 --schedules cosine constant_with_warmup
 """
 
 from __future__ import annotations
@@ -213,7 +214,7 @@ def add_figures(path: Path, arguments: argparse.Namespace) -> None:
     found = json.loads(path.read_text())
     if "texts" not in found or "test" in found:
         return
-    rows = test_rows(config(arguments, Path("unused"), (None, "constant"), 0), arguments)
+    rows = test_rows(config(arguments, Path("unused"), (None, "constant_with_warmup"), 0), arguments)
     references = [(row.label,) if isinstance(row.label, str) else row.label for row in rows]
     found["test"] = e2e_metrics(found["texts"], references)
     path.write_text(json.dumps(found, indent=1) + "\n")

@@ -10,15 +10,12 @@ run of seed 0 is tested where its loss is below that of the settings before it. 
     python benchmarks/e2e.py --data-folder FOLDER [--only lora] [--threads 2]
     python benchmarks/e2e.py --data-folder FOLDER --train-rows 64 --test-rows 8 --results /tmp/e2e    # does it run?
 
-A quarter of the pairs, where foreword's constant rate is its default and PEFT's methods try both schedules:
+A quarter of the pairs, where foreword's constant rate is its default, and PEFT's methods try it too at their best rate:
 
-    R=benchmarks/results/e2e_1000
-    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only foreword \\
-        --schedules constant_with_warmup
-    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only peft-text \
-        --rates 1e-1 3e-2 1e-2 --schedules cosine constant_with_warmup
-    python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results $R --only lora \
-        --rates 1e-2 3e-3 3e-2 --schedules cosine constant_with_warmup
+    Q="python benchmarks/e2e.py --data-folder FOLDER --train-rows 1000 --results benchmarks/results/e2e_1000"
+    $Q --only foreword --schedules constant_with_warmup --seeds 2
+    $Q --only peft-text --rates 3e-2 1e-1 1e-2 && $Q --only peft-text --rates 3e-2 --schedules constant_with_warmup
+    $Q --only lora --rates 1e-2 3e-3 3e-2 && $Q --only lora --rates 1e-2 --schedules cosine constant_with_warmup
 """
 
 from __future__ import annotations

@@ -186,7 +186,8 @@ def e2e(folder: str = "e2e") -> Iterator[str]:
 
 
 def rate_of(run: dict[str, Any]) -> str:
-    return f"{run['learning_rate']:g}, {'decaying' if run['experiment']['schedule'] == 'cosine' else 'constant'}"
+    constant = run["experiment"]["schedule"] == "constant_with_warmup"
+    return f"{run['learning_rate']:g}, {'constant' if constant else 'decaying'}"
 
 
 def e2e_1000() -> Iterator[str]:

@@ -102,23 +102,60 @@ def budgets() -> Iterator[str]:
     yield "| budget | method | rate | validation | test accuracy (mean) | each seed | half-way | numbers trained | on |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for record in records("compare"):
-        if record["settings"]["kind"] != "accuracy":
+        of = record["settings"]
+        if of["kind"] != "accuracy" or of["rows"] in EFFICIENCY_ALONE:
             continue
-        of, rows = record["settings"], f"{record['settings']['rows'] or 'new'} rows"
-        budget = f"{DATA[of['data']]}, {of['steps']} steps of {of['batch_size']}, {rows}"
+        budget = f"{DATA[of['data']]}, {of['steps']} steps of {of['batch_size']}, {of['rows'] or 'new'} rows"
         if of.get("validate_at"):
             budget += f", best of {len(of['validate_at']) + 1} steps"
-        for name in record["settings"]["methods"]:
-            runs = [run for run in record["runs"] if run["method"] == name]
-            best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])
-            chosen = [run for run in runs if run["learning_rate"] == best["learning_rate"]]
-            found = [run["test"][str(run.get("step", of["steps"]))] for run in chosen]
+        for name, runs in accuracy_runs(record).items():
+            found = [tested(run, of) for run in runs]
             each = ", ".join(f"{value:.3f}" for value in found)
-            half = [run["test"][str(of["steps"] // 2)] for run in chosen if str(of["steps"] // 2) in run["test"]]
-            each += f" | {mean(half):.3f}" if len(half) == len(chosen) else " |"
-            facts = f"{best['learning_rate']:g} | {best['validation']:.3f} | {mean(found):.3f} | {each}"
-            on = best["hardware"].get("gpu") or f"CPU, {best['dtype']}"
-            yield f"| {budget} | {name} | {facts} | {best['parameters']:,} | {on.removeprefix('NVIDIA ')} |"
+            half = [run["test"][str(of["steps"] // 2)] for run in runs if str(of["steps"] // 2) in run["test"]]
+            each += f" | {mean(half):.3f}" if len(half) == len(runs) else " |"
+            first = runs[0]
+            facts = f"{first['learning_rate']:g} | {first['validation']:.3f} | {mean(found):.3f} | {each}"
+            on = first["hardware"].get("gpu") or f"CPU, {first['dtype']}"
+            yield f"| {budget} | {name} | {facts} | {first['parameters']:,} | {on.removeprefix('NVIDIA ')} |"
+
+
+EFFICIENCY_ALONE = (16, 1024, 4096)  # rows, which stand in the table of data efficiency
+
+
+def accuracy_runs(record: Record) -> dict[str, list[Record]]:
+    """Of each method the runs at the learning rate that is best on the validation rows of seed 0, that seed first."""
+    found = {}
+    for name in record["settings"]["methods"]:
+        runs = [run for run in record["runs"] if run["method"] == name]
+        best = max((run for run in runs if run["seed"] == 0), key=lambda run: run["validation"])
+        found[name] = [run for run in runs if run["learning_rate"] == best["learning_rate"]]
+    return found
+
+
+def tested(run: Record, settings: Record) -> float:
+    return run["test"][str(run.get("step", settings["steps"]))]
+
+
+def efficiency() -> dict[int, dict[str, list[float]]]:
+    """Test accuracy of every seed on AG News, by the rows trained on and the method."""
+    found = {}
+    for record in records("compare"):
+        of = record["settings"]
+        if of["kind"] == "accuracy" and of["data"] == "ag_news" and of["rows"]:
+            runs = accuracy_runs(record)
+            found[of["rows"]] = {name: [tested(run, of) for run in each] for name, each in runs.items()}
+    return dict(sorted(found.items()))
+
+
+def data_efficiency() -> Iterator[str]:
+    """Accuracy by the rows trained on: the mean over seeds, and every seed."""
+    methods = ("foreword", "lora", "peft-text")
+    yield f"| rows | {' | '.join(METHODS[name] for name in methods)} |"
+    yield "|---|" + "---|" * len(methods)
+    for rows, by_method in efficiency().items():
+        found = [by_method[name] for name in methods]
+        cells = (f"{mean(each):.3f} ({', '.join(f'{value:.3f}' for value in each)})" for each in found)
+        yield f"| {rows:,} | {' | '.join(cells)} |"
 
 
 def described(settings: Record) -> str:
@@ -279,6 +316,7 @@ TABLES = {
     "lengths": lengths,
     "compared": compared,
     "budgets": budgets,
+    "data_efficiency": data_efficiency,
     "tasks": tasks,
     "tuned": tuned,
     "e2e": e2e,

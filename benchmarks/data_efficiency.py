@@ -32,7 +32,7 @@ def draw(target: str) -> None:
     axis.set_xscale("log", base=4)
     axis.set_xticks(list(found), [f"{rows:,}" for rows in found])
     axis.minorticks_off()
-    axis.set(title="AG News, SmolLM2-135M, three seeds", xlabel="rows trained on", ylabel="test accuracy")
+    axis.set(title="AG News, SmolLM2-135M", xlabel="rows trained on", ylabel="test accuracy")
     axis.legend(frameon=False, loc="lower right")
     figure.savefig(target, dpi=130)
 

@@ -14,20 +14,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tables import METHODS, efficiency
 
-COLORS = {"foreword": "#2f6f8f", "lora": "#b5533c", "peft-text": "#8a7a5c"}
-MARKERS = {"foreword": "o", "lora": "s", "peft-text": "^"}
+LOOKS = {"foreword": ("#2f6f8f", "o"), "lora": ("#b5533c", "s"), "peft-text": ("#8a7a5c", "^")}
 
 
 def draw(target: str) -> None:
     found = efficiency()
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axis = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for i, (name, color) in enumerate(COLORS.items()):
+    for i, (name, (color, marker)) in enumerate(LOOKS.items()):
         places = [rows * 1.05 ** (i - 1) for rows in found]  # side by side
         means = [mean(by_method[name]) for by_method in found.values()]
         below = [m - min(by_method[name]) for m, by_method in zip(means, found.values(), strict=True)]
         above = [max(by_method[name]) - m for m, by_method in zip(means, found.values(), strict=True)]
-        look = {"color": color, "marker": MARKERS[name], "capsize": 2, "linewidth": 1.2}
+        look = {"color": color, "marker": marker, "capsize": 2, "linewidth": 1.2}
         axis.errorbar(places, means, (below, above), label=METHODS[name], **look)
     axis.set_xscale("log", base=4)
     axis.set_xticks(list(found), [f"{rows:,}" for rows in found])
